@@ -1,0 +1,17 @@
+"""Class-incremental learning: a task-sequence engine, its learners, and what they are compared by."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cil.run import Model, load
+
+__all__ = ["Model", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    """`cil.load` and `cil.Model` on first use, so that `import cil` costs no torch."""
+    if name in __all__:
+        from cil import run
+
+        return getattr(run, name)
+    raise AttributeError(f"module 'cil' has no attribute {name!r}")

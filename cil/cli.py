@@ -1,0 +1,166 @@
+"""The command line: Hydra composes, pydantic checks, the engine runs. Parse and report; no logic."""
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+MAX_LINES = 12  # of a message about a user's mistake
+USAGE = """\
+usage: python {program} [group=choice ...] [key=value ...]
+
+Trains a class-incremental learner task after task. Everything is composed of the files in configs/:
+{groups}
+Single values:    seed=1 scenario.increment=10 memory.size=500 optim.epochs=20 precision=bf16 name=my_run
+Several terms:    kd=[dkt,kd] kd.kd.weight=0.5         Without:  kd=none data.augment.cutout=null
+Show, do not run: --cfg        prints the composed config
+Start again:      overwrite=true  (moves the old run folder aside)
+
+The same command again goes on where an interrupted run stopped.
+"""
+
+
+def config_folder() -> Path:
+    """Where the YAML files are: beside the package, or installed as the package `configs`."""
+    return Path(__file__).resolve().parent.parent / "configs"
+
+
+def groups() -> dict[str, list[str]]:
+    """Config groups and their choices."""
+    found: dict[str, list[str]] = {}
+    for folder in sorted(path for path in config_folder().iterdir() if path.is_dir() and path.name != "__pycache__"):
+        found[folder.name] = sorted(path.stem for path in folder.glob("*.yaml"))
+    return found
+
+
+def compose(overrides: list[str], config_name: str = "train_incremental") -> dict[str, Any]:
+    """The config tree of some overrides, without interpolations, with its default name filled in.
+
+    Keys that do not exist are let through: the check names them, with the nearest known one.
+
+    Raises:
+        ConfigError: If Hydra cannot compose it.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from cil.config import ConfigError
+    from kd.registry import unknown
+
+    known = groups()
+    prepared = []
+    for override in overrides:
+        match = re.match(r"^(\+{0,2})([A-Za-z_][\w.]*)=(.*)$", override, re.DOTALL)
+        if match is None and not override.startswith("~"):
+            raise ConfigError([f"{override!r} is no override: write key=value, such as seed=1, or group=choice"])
+        if match is not None and match[2] in known:
+            choices = [choice.strip() for choice in match[3].strip("[]").split(",") if choice.strip()]
+            for choice in choices:
+                if choice not in (*known[match[2]], "null"):
+                    raise ConfigError([f"{match[2]}={choice}: {unknown(match[2], choice, known[match[2]])}"])
+            prepared.append(f"{match[2]}={match[3]}")
+        elif match is not None:
+            prepared.append(f"++{match[2]}={match[3]}")
+        else:
+            prepared.append(override)
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
+            composed = hydra_compose(config_name, prepared, return_hydra_config=True)
+        choices = dict(composed.hydra.runtime.choices)
+        own = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
+        tree = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError([line for line in str(error).splitlines() if line.strip()][:MAX_LINES - 1]) from error
+    assert isinstance(tree, dict)
+    plain: dict[str, Any] = {str(key): value for key, value in tree.items()}
+    plain["experiment"] = choices.get("experiment")
+    if plain.get("name") is None:
+        plain["name"] = default_name(plain, choices)
+    return plain
+
+
+def default_name(tree: dict[str, Any], choices: dict[str, Any]) -> str:
+    """A folder name that runs of a sweep never share: experiment (or data set), learner, distillation, seed."""
+    kd = tree.get("kd")
+    terms = "+".join(kd) if isinstance(kd, dict) and kd else "none"
+    first = choices.get("experiment") or choices.get("data")
+    return f"{first}-{choices.get('learner')}-{terms}-seed{tree.get('seed', 0)}"
+
+
+def main(arguments: list[str] | None = None, program: str = "train_incremental.py") -> int:
+    """Run one command; returns the exit code: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if any(argument in ("-h", "--help") for argument in arguments):
+        listing = "\n".join(f"  {name:12s}{' '.join(choices)}" for name, choices in groups().items())
+        print(USAGE.format(program=program, groups=listing))
+        return 0
+    show = "--cfg" in arguments
+    try:
+        return _run([argument for argument in arguments if argument != "--cfg"], show)
+    except KeyboardInterrupt:
+        print("interrupted; the same command again goes on from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def _run(overrides: list[str], show: bool) -> int:
+    from cil.config import ConfigError, check
+
+    try:
+        if unknown_flags := [word for word in overrides if word.startswith("-")]:
+            raise ConfigError([f"{unknown_flags[0]!r} is no option: write key=value; --help lists what there is"])
+        tree = compose(overrides)
+        config = check(tree)
+        if show:
+            import yaml
+
+            print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
+            return 0
+        from cil.run import Run, open_folder, read_metrics
+
+        run = Run.build(config)
+        finished = open_folder(config)
+    except ValueError as error:
+        return _refuse(error)
+    except OSError as error:
+        return _refuse(ValueError(f"{error.filename or ''}: {error.strerror or error}".lstrip(": ")))
+    from cil.engine import RunFailed
+    from cil.report import write_report
+
+    if finished:
+        print(f"{config.name} is finished already; overwrite=true runs it again")
+    else:
+        print(f"{config.name}: {run.tasks.describe()}")
+        try:
+            run.go()
+        except RunFailed as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+    report = write_report(config.folder)
+    metrics = read_metrics(config.folder)
+    print(
+        f"average incremental accuracy {metrics['average_incremental_accuracy']:.4f}, "
+        f"last accuracy {metrics['last_accuracy']:.4f}"
+    )
+    print(f"run     {_short(config.folder)}")
+    print(f"report  {_short(report)}")
+    return 0
+
+
+def _refuse(error: ValueError) -> int:
+    from cil.config import ConfigError
+
+    lines = error.problems if isinstance(error, ConfigError) else str(error).splitlines()
+    lines = [part for line in lines for part in line.splitlines()]
+    if len(lines) > MAX_LINES - 1:
+        lines = [*lines[: MAX_LINES - 2], f"and {len(lines) - MAX_LINES + 2} more"]
+    print("\n".join(["error: " + lines[0], *lines[1:]]), file=sys.stderr)
+    return 2
+
+
+def _short(path: Path) -> str:
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative

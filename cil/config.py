@@ -1,0 +1,343 @@
+"""The composed tree of a run: what may stand in it, and every problem with it at once."""
+
+import inspect
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic_core import ErrorDetails
+
+from cil.optim import Recipe
+from cil.precision import PrecisionName
+from kd.registry import Registry, unknown
+
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._+=-]*$"
+
+
+class ConfigError(ValueError):
+    """Problems with a config, one a line."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class Section(BaseModel):
+    """A part of the tree: unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Scenario(Section):
+    """Which classes come when.
+
+    Attributes:
+        task_sizes: An explicit list such as [50, 10, 7]; excludes the two increments.
+        initial_increment: Classes of the first task; null takes `increment`.
+        increment: Classes of every further task.
+        classes: Use the first so many classes of the order only; null uses all.
+        class_order: `natural`, `seeded` (the iCaRL convention, by `order_seed`), a named order, a list or a file.
+        order_seed: Seed of `class_order=seeded`; 1993 is the common one.
+        remainder: What happens to classes that fill no whole task.
+    """
+
+    task_sizes: list[Annotated[int, Field(gt=0)]] | None = None
+    initial_increment: int | None = Field(None, gt=0)
+    increment: int | None = Field(None, gt=0)
+    classes: int | None = Field(None, gt=0)
+    class_order: str | list[int] = "natural"
+    order_seed: int = Field(1993, ge=0, lt=2**32)
+    remainder: Literal["last_small", "error", "merge_last"] = "last_small"
+
+
+class Memory(Section):
+    """The exemplars of old classes.
+
+    Attributes:
+        size: Exemplars in all, or per class with `budget=per_class`; 0 keeps none.
+        budget: `total`: divided among the classes seen; `per_class`: so many of each; `fixed_total`: divided among all
+            classes of the run from the start.
+        selection: Which samples of a class are kept.
+        transform: Choose by features of the clean image (`test`) or of an augmented view (`train`, the release).
+        when: Choose before fine-tuning, or again after it with the network as it is then.
+    """
+
+    size: int = Field(2000, ge=0)
+    budget: Literal["total", "per_class", "fixed_total"] = "total"
+    selection: str = "herding"
+    transform: Literal["test", "train"] = "test"
+    when: Literal["before_finetuning", "after_finetuning"] = "before_finetuning"
+
+
+class Evaluation(Section):
+    """How results are read.
+
+    Attributes:
+        batch_size: Images at a time.
+        precision: Number format; null takes that of training.
+        every_epochs: Evaluate on `evaluate_on` every so many epochs too; 0 does not. The result is logged, nothing
+            depends on it.
+        continuum: Also report forgetting and transfer by the definitions of continuum 1.2.3, as the release logs them.
+    """
+
+    batch_size: int = Field(256, gt=0)
+    precision: PrecisionName | None = None
+    every_epochs: int = Field(0, ge=0)
+    continuum: bool = False
+
+
+class Part(BaseModel):
+    """A registered class by name, with its hyper-parameters beside the name; checked against its signature."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The hyper-parameters."""
+        return dict(self.model_extra or {})
+
+
+class Data(Part):
+    """A data set by name.
+
+    Attributes:
+        root: Folder of the data sets.
+        download: Whether torchvision may fetch what is missing.
+        validation: Fraction of the training images held out, stratified and seeded.
+        augment: Augmentations by name, each with its parameters; null switches one off.
+    """
+
+    root: Path = Path("data")
+    download: bool = False
+    validation: float = Field(0.0, ge=0, lt=1)
+    augment: dict[str, dict[str, Any] | None] = {}
+
+
+class Config(Section):
+    """A whole run.
+
+    Attributes:
+        name: Name of the run folder.
+        runs_dir: Where run folders are.
+        overwrite: Move a run folder of the same name aside instead of refusing.
+        experiment: The experiment this came from, for the record.
+        seed: Everything random comes from it, but not the class order.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`.
+        precision: Number format of training; `auto` is bf16 where the hardware has it.
+        evaluate_on: The test set, or the images held out by `data.validation`.
+        data: The data set.
+        scenario: Its division into tasks.
+        learner: The method.
+        model: The network.
+        kd: Distillation terms by name, each with `method` (default: its own name), `weight` and hyper-parameters.
+        optim: How a phase is trained.
+        memory: The exemplars.
+        evaluation: How results are read.
+    """
+
+    name: str = Field(pattern=_NAME)
+    runs_dir: Path = Path("runs")
+    overwrite: bool = False
+    experiment: str | None = None
+    seed: int = Field(0, ge=0, lt=2**63)
+    device: str = "auto"
+    precision: PrecisionName = "auto"
+    evaluate_on: Literal["test", "validation"] = "test"
+    data: Data
+    scenario: Scenario
+    learner: Part
+    model: Part
+    kd: dict[str, dict[str, Any]] = {}
+    optim: Recipe
+    memory: Memory
+    evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.evaluate_on == "validation" and not self.data.validation:
+            raise ValueError("evaluate_on=validation needs images held out: set data.validation, for example to 0.1")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.runs_dir / self.name
+
+
+def schema(entry: type) -> type[BaseModel]:
+    """The keyword-only half of a constructor's signature as a pydantic model (the constructor rule)."""
+    fields: dict[str, Any] = {}
+    for name, parameter in inspect.signature(entry).parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            default = ... if parameter.default is parameter.empty else parameter.default
+            fields[name] = (parameter.annotation, default)
+    return create_model(entry.__name__, __config__=ConfigDict(extra="forbid"), **fields)
+
+
+def check(tree: Mapping[str, Any]) -> Config:
+    """Check a composed tree.
+
+    Raises:
+        ConfigError: With every problem found: unknown keys with the nearest known one, wrong types, values out of
+            range, unknown names, settings that contradict each other.
+    """
+    from cil.data import augmentations, data_sets
+    from cil.learners.base import learners
+    from cil.memory import selection_rules
+    from cil.models.network import models
+    from kd import distillers
+
+    problems: list[str] = []
+    config = _validated(Config, tree, "", problems)
+    parts: list[tuple[str, Registry[Any]]] = [("data", data_sets), ("learner", learners), ("model", models)]
+    for key, registry in parts:
+        part = tree.get(key)
+        if isinstance(part, Mapping) and isinstance(part.get("name"), str):
+            own = {"name"} | (set(Data.model_fields) if key == "data" else set())
+            values = {name: value for name, value in part.items() if name not in own}
+            _check_part(registry, part["name"], values, key, problems, known=own)
+    data = tree.get("data")
+    augment = data.get("augment") if isinstance(data, Mapping) else None
+    for name, values in augment.items() if isinstance(augment, Mapping) else ():
+        if values is None or isinstance(values, Mapping):
+            _check_part(augmentations, str(name), dict(values or {}), f"data.augment.{name}", problems)
+    kd = tree.get("kd")
+    for name, values in kd.items() if isinstance(kd, Mapping) else ():
+        if isinstance(values, Mapping):
+            _check_distiller(distillers, str(name), values, problems)
+    memory = tree.get("memory")
+    if isinstance(memory, Mapping) and isinstance(rule := memory.get("selection", "herding"), str):
+        _known(selection_rules, rule, "memory.selection", problems)
+    if config is not None and not problems:
+        problems += _contradictions(config)
+    if problems or config is None:
+        raise ConfigError(problems)
+    return config
+
+
+def _contradictions(config: Config) -> list[str]:
+    """Settings that are right alone and wrong together."""
+    from cil.learners.base import learners
+
+    found = []
+    learner = learners[config.learner.name]
+    if config.kd and not learner.keeps_teacher:
+        found.append(
+            f"kd={'+'.join(config.kd)} has nothing to learn from with learner={config.learner.name}: it keeps no old "
+            f"network. Use learner={_nearest_with_teacher()}, or kd=none"
+        )
+    if learner.needs_memory and not config.memory.size:
+        found.append(f"learner={config.learner.name} replays exemplars and memory.size is 0: set it, or learner=finetune")
+    finetunes = config.learner.parameters.get("finetune_epochs") not in (None, 0, [0])
+    if config.memory.when == "after_finetuning" and not finetunes:
+        found.append(f"memory.when=after_finetuning has no effect: learner={config.learner.name} does not fine-tune")
+    return found
+
+
+def _nearest_with_teacher() -> str:
+    from cil.learners.base import learners
+
+    return " or ".join(name for name in learners if learners[name].keeps_teacher)
+
+
+def _known(registry: Registry[Any], name: str, key: str, problems: list[str]) -> bool:
+    if name not in registry:
+        problems.append(f"{key}={name}: {unknown(registry.kind, name, registry)}")
+        return False
+    return True
+
+
+def _check_part(
+    registry: Registry[Any],
+    name: str,
+    values: Mapping[str, Any],
+    key: str,
+    problems: list[str],
+    known: set[str] = frozenset(),  # type: ignore[assignment]
+) -> bool:
+    where = key if key.startswith("data.augment") else f"{key}.name"
+    return (
+        _known(registry, name, where, problems)
+        and _validated(schema(registry[name]), values, f"{key}.", problems, known) is not None
+    )
+
+
+def _check_distiller(registry: Registry[Any], name: str, values: Mapping[str, Any], problems: list[str]) -> None:
+    method = values.get("method", name)
+    rest = {key: value for key, value in values.items() if key not in ("method", "weight")}
+    weight = values.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or weight < 0:
+        problems.append(f"kd.{name}.weight: must be a number of 0 or more, found {weight!r}")
+    if not isinstance(method, str):
+        problems.append(f"kd.{name}.method: must be a name, found {method!r}")
+    elif _check_part(registry, method, rest, f"kd.{name}", problems, known={"method", "weight"}):
+        try:
+            registry[method](**rest)  # ranges are the constructor's own, since `kd` knows no config
+        except ValueError as error:
+            problems.append(f"kd.{name}: {error}")
+
+
+def _validated(
+    model: type[BaseModel], values: Mapping[str, Any], prefix: str, problems: list[str], known: set[str] = frozenset()  # type: ignore[assignment]
+) -> Any:
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        seen = set()
+        for detail in error.errors():
+            line = _sentence(model, detail, prefix, known)
+            if line not in seen:  # a union reports every alternative
+                seen.add(line)
+                problems.append(line)
+        return None
+
+
+def _sentence(model: type[BaseModel], detail: ErrorDetails, prefix: str, known: set[str]) -> str:
+    path = _path(model, detail["loc"])
+    key = prefix + ".".join(str(part) for part in path)
+    if detail["type"] == "extra_forbidden":
+        fields = sorted(set(_fields_at(model, path[:-1])) | (known if len(path) == 1 else set()))
+        text = unknown("key", str(path[-1]), fields)
+        return f"{key}: " + (text.split(" Known:")[0] if "did you mean" in text else text)
+    if detail["type"] == "missing":
+        return f"{key}: missing; it has no default"
+    found = detail.get("input")
+    message = detail["msg"].removeprefix("Value error, ")
+    if not path:
+        return message
+    shown = repr(found) if len(repr(found)) < 60 else repr(found)[:57] + "..."
+    return f"{key}: {message[0].lower()}{message[1:]}, found {shown}"
+
+
+def _path(model: type[BaseModel], location: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """A pydantic location without the names of union alternatives, which are no keys."""
+    path: list[int | str] = []
+    current: Any = model
+    for part in location:
+        if isinstance(current, type) and issubclass(current, BaseModel):
+            path.append(part)
+            current = _inner_model(current.model_fields[str(part)].annotation) if part in current.model_fields else None
+        elif isinstance(part, int):
+            path.append(part)
+    if not path and location:
+        path = [location[0]]
+    return tuple(path)
+
+
+def _inner_model(annotation: Any) -> Any:
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) is not None:
+        return next((inner for inner in map(_inner_model, get_args(annotation)) if inner is not None), None)
+    return None
+
+
+def _fields_at(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    current: Any = model
+    for part in path:
+        current = _inner_model(current.model_fields[str(part)].annotation)
+    return list(current.model_fields)

@@ -1,0 +1,478 @@
+"""The loop over stages, phases, epochs and batches; the only place that sums, logs and steps."""
+
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cil import checkpoint
+from cil.config import Config
+from cil.data import DataSet, ImageSet, Transform, epoch_plan
+from cil.evaluation import Counts, Reader
+from cil.events import EventLog
+from cil.learners.base import Learner
+from cil.memory import ExemplarMemory
+from cil.metrics import AccuracyMatrix
+from cil.optim import learning_rates, make_optimizer, set_learning_rate
+from cil.precision import Precision
+from cil.progress import Progress
+from cil.results import History, metrics
+from cil.seeding import SampleNoise, derive, sample_noise, seeded
+from cil.stages import Phase, Source, Stage
+from cil.tasks import TaskSequence
+from kd import Batch, Frozen
+
+_RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes per unit of ru_maxrss
+
+
+class RunFailed(RuntimeError):
+    """A run that cannot go on, in one sentence for a person."""
+
+
+@dataclass
+class Position:
+    """Where a run is: the next epoch to train."""
+
+    stage: int = 0
+    begun: bool = False
+    phase: int = 0
+    epoch: int = 0
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The samples of a run, as ids into the data set's arrays.
+
+    Attributes:
+        images: Training images.
+        labels: Their labels in learned order; negative where the class or the image is not used for training.
+        eval_images: Images results are read on.
+        eval_labels: Likewise.
+        transform: Makes a network's input.
+        eval_split: "test" or "validation".
+    """
+
+    images: ImageSet
+    labels: Tensor
+    eval_images: ImageSet
+    eval_labels: Tensor
+    transform: Transform
+    eval_split: str
+
+
+class Engine:
+    """Trains a learner on every stage in order, and writes the run folder.
+
+    Args:
+        config: The checked config.
+        data: The data set.
+        tasks: Its division into tasks.
+        samples: Its samples, divided into training and evaluation.
+        learner: The method, without classes yet.
+        memory: The exemplar memory, empty.
+        precision: Number format and device of training.
+        reader: Evaluates.
+        log: The events.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        data: DataSet,
+        tasks: TaskSequence,
+        samples: Samples,
+        learner: Learner,
+        memory: ExemplarMemory,
+        precision: Precision,
+        reader: Reader,
+        log: EventLog,
+    ) -> None:
+        self.config, self.data, self.tasks, self.samples = config, data, tasks, samples
+        self.learner, self.memory, self.precision, self.reader, self.log = learner, memory, precision, reader, log
+        self.folder: Path = config.folder
+        self.position = Position()
+        self.history = History()
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.scaler = precision.scaler()
+        self.saved_optimizer: dict[str, Any] | None = None
+        self.seconds: dict[str, float] = defaultdict(float)
+        labels = samples.eval_labels.numpy()
+        self.num_images = np.array([np.isin(labels, tasks.labels(task)).sum() for task in range(tasks.num_tasks)])
+        self.progress = Progress(total_images=0, num_stages=tasks.num_tasks)
+
+    def run(self) -> AccuracyMatrix:
+        """Train every stage; after each, evaluate on all classes seen so far.
+
+        After a resume the grown network is rebuilt from the checkpoint: `begin_stage` never runs twice.
+        """
+        self.restore()
+        total = self.history.images + self.images_to_come()
+        self.progress = Progress(
+            total_images=total, num_stages=self.tasks.num_tasks, done_images=self.history.images
+        )
+        with self.progress:
+            for index in range(self.position.stage, self.tasks.num_tasks):
+                stage = self.stage(index)
+                self.progress.stage(index)
+                if not self.position.begun:
+                    self.begin(stage)
+                phases = self.learner.phases(stage)
+                for number in range(self.position.phase, len(phases)):
+                    self.fit(stage, number, phases)
+                self.learner.phase = None
+                if self.memory.size and (
+                    not self.memory_is_current(stage) or self.config.memory.when == "after_finetuning"
+                ):
+                    self.choose_exemplars(stage)
+                with seeded(self.config.seed, "end", index):
+                    self.learner.end_stage(stage)
+                self.finish(stage)
+        return self.history.matrix(self.num_images)
+
+    # Stages
+
+    def stage(self, index: int) -> Stage:
+        """What the learner is told about a stage."""
+        return Stage(index, self.tasks.labels(index), self.config.optim, bool(self.memory.size))
+
+    def begin(self, stage: Stage) -> None:
+        """Let the learner grow, with random numbers that belong to this stage alone."""
+        with seeded(self.config.seed, "begin", stage.index):
+            self.learner.begin_stage(stage)
+        self.learner.to(self.precision.device, self.precision.dtype)
+        self.position = Position(stage.index, begun=True)
+        self.seconds.clear()
+        parameters = list(self.learner.network.parameters())
+        self.log.write(
+            "stage_started",
+            stage=stage.index,
+            labels=[stage.labels.start, stage.labels.stop - 1],
+            class_names=[self.data.class_names[self.tasks.original(label)] for label in stage.labels],
+            num_new_samples=len(self.ids("new", stage)),
+            num_parameters=sum(parameter.numel() for parameter in parameters),
+            num_trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        )
+
+    def finish(self, stage: Stage) -> None:
+        """Evaluate, record and save a stage."""
+        counts = self.evaluate(stage, "after")
+        history = self.history
+        history.correct.append(counts.correct)
+        history.top5.append(counts.top5 / sum(counts.num_images))
+        history.exemplars.append(len(self.memory))
+        history.num_parameters.append(sum(parameter.numel() for parameter in self.learner.network.parameters()))
+        if len(history.before_finetuning) <= stage.index:
+            history.before_finetuning.append(None)
+        self.position = Position(stage.index + 1)
+        summary = {
+            "stage": stage.index,
+            "labels": [stage.labels.start, stage.labels.stop - 1],
+            "network": self.learner.network.structure(),
+            "correct": counts.correct,
+            "num_images": counts.num_images,
+            "exemplars": self.memory.state_dict(),
+            "data": {
+                "input_shape": list(self.data.train.input_shape),
+                "mean": list(self.data.mean),
+                "std": list(self.data.std),
+                "class_names": [self.data.class_names[self.tasks.original(label)] for label in range(stage.num_seen)],
+                "class_labels": [self.tasks.original(label) for label in range(stage.num_seen)],
+            },
+        }
+        with self.timed("checkpoint"):
+            checkpoint.save_stage(self.folder, stage.index, self.state(), summary)
+        self.log.write(
+            "stage_finished",
+            stage=stage.index,
+            seconds=dict(self.seconds),
+            peak_resident_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT,
+        )
+        report = metrics(
+            self.config, self.data, self.tasks, history, self.num_images, round(self.log.elapsed_seconds, 3)
+        )
+        checkpoint.write_json(self.folder / "metrics.json", report)
+        self.progress.table(history.matrix(self.num_images), stage.index)
+
+    # Training
+
+    def fit(self, stage: Stage, number: int, phases: list[Phase]) -> None:
+        """Train one phase, then read the accuracy before fine-tuning if that comes next."""
+        phase = phases[number]
+        if phase.source == "memory" and not self.memory_is_current(stage):
+            self.choose_exemplars(stage)
+        if self.position.phase != number:
+            self.position.phase, self.position.epoch, self.saved_optimizer = number, 0, None
+        self.learner.phase = phase
+        self.set_trainable(phase)
+        ids = self.ids(phase.source, stage)
+        steps = len(self.plan(ids, stage, number, phase, epoch=0))
+        if not steps:
+            raise RunFailed(f"stage {stage.index}, phase {phase.name}: there is no batch to train on")
+        rates = learning_rates(phase.recipe.schedule, phase.recipe.epochs, phase.recipe.peak_lr, steps)
+        self.optimizer = make_optimizer(self.learner, phase.recipe)
+        self.scaler = self.precision.scaler()
+        if self.saved_optimizer is not None:
+            self.optimizer.load_state_dict(self.saved_optimizer["optimizer"])
+            self.scaler.load_state_dict(self.saved_optimizer["scaler"])
+            self.saved_optimizer = None
+        self.progress.phase(phase.name, phase.recipe.epochs, steps)
+        if self.position.epoch == 0:
+            self.log.write(
+                "phase_started",
+                stage=stage.index,
+                phase=phase.name,
+                phase_index=number,
+                epochs=phase.recipe.epochs,
+                num_samples=len(ids),
+                num_steps=steps,
+            )
+        for epoch in range(self.position.epoch, phase.recipe.epochs):
+            self.train_epoch(stage, number, phase, epoch, ids, rates)
+            self.position.epoch = epoch + 1
+            with self.timed("checkpoint"):
+                checkpoint.save_state(self.folder, stage.index, self.state())
+            every = self.config.evaluation.every_epochs
+            if every and (epoch + 1) % every == 0 and epoch + 1 < phase.recipe.epochs:
+                self.evaluate(stage, f"{phase.name} epoch {epoch + 1}")
+        self.optimizer = None
+        if any(later.source == "memory" for later in phases[number + 1 :]):
+            counts = self.evaluate(stage, "before_finetuning")
+            self.history.before_finetuning.append(counts.accuracy)
+
+    def train_epoch(
+        self, stage: Stage, number: int, phase: Phase, epoch: int, ids: Tensor, rates: list[float]
+    ) -> None:
+        """One pass: augment, forward, sum, backward, step."""
+        assert self.optimizer is not None
+        start = time.perf_counter()
+        key = self.key(stage, number, epoch)
+        by_step = phase.recipe.schedule.unit == "step"
+        plan = self.plan(ids, stage, number, phase, epoch)
+        sums: dict[str, Tensor] = {}
+        images = 0
+        for step, (some, views) in enumerate(plan):
+            set_learning_rate(self.optimizer, rates[epoch * len(plan) + step if by_step else epoch])
+            noise = SampleNoise(key, some.to(self.precision.device), views.to(self.precision.device))
+            batch = self.batch(noise, some)
+            with seeded(key, step), sample_noise(noise):
+                with self.precision.autocast():
+                    losses = self.learner(batch)
+                self.learner.update(losses, self.optimizer, self.scaler, phase.recipe.clip_norm)
+            for name, loss in losses.items():
+                sums[name] = sums.get(name, 0) + loss.detach()
+            images += len(some)
+            shown = {name: float(loss.detach()) for name, loss in losses.items()} if self.progress.wants_losses() else None
+            self.progress.step(epoch, step, shown, len(some))
+        means = {name: float(value) / len(plan) for name, value in sums.items()}
+        seconds = time.perf_counter() - start
+        if not np.isfinite(list(means.values())).all():
+            raise RunFailed(
+                f"stage {stage.index}, phase {phase.name}, epoch {epoch}: the loss is not finite ({means}); the state "
+                "before this epoch is kept. Try a lower optim.lr, optim.clip_norm=1 or precision=fp32"
+            )
+        self.history.images += images
+        self.history.training_seconds += seconds
+        self.seconds[phase.name] += seconds
+        self.log.write(
+            "epoch",
+            stage=stage.index,
+            phase=phase.name,
+            phase_index=number,
+            epoch=epoch,
+            learning_rate=rates[(epoch + 1) * len(plan) - 1 if by_step else epoch],
+            losses=means,
+            num_images=images,
+            images_per_second=images / seconds,
+            seconds=seconds,
+        )
+
+    def batch(self, noise: SampleNoise, ids: Tensor) -> Batch:
+        """The augmented images of some samples."""
+        raw = self.samples.images.fetch(ids).to(self.precision.device)
+        images = self.samples.transform.train(raw, noise).to(self.precision.dtype)
+        return Batch(images, self.samples.labels[ids].to(self.precision.device), noise.ids)
+
+    def set_trainable(self, phase: Phase) -> None:
+        """Gradients and training mode for what learns in this phase; teachers stay as they are."""
+        self.learner.requires_grad_(True)
+        for module in self.learner.modules():
+            if isinstance(module, Frozen):
+                module.requires_grad_(False)
+        self.learner.train()
+        for item in phase.frozen:
+            item.requires_grad_(False)
+            if phase.frozen_in_eval and isinstance(item, nn.Module):
+                item.eval()
+
+    def ids(self, source: Source, stage: Stage) -> Tensor:
+        """The ids of the training samples that a phase asks for."""
+        labels = self.samples.labels
+        if source == "memory":
+            return self.memory.ids()
+        if source == "seen":
+            return torch.nonzero((labels >= 0) & (labels < stage.num_seen)).flatten()
+        new = torch.nonzero((labels >= stage.labels.start) & (labels < stage.labels.stop)).flatten()
+        if source == "new":
+            return new
+        old = self.memory.ids()
+        return torch.cat([new, old[labels[old] < stage.labels.start]])
+
+    def plan(self, ids: Tensor, stage: Stage, number: int, phase: Phase, epoch: int) -> list[tuple[Tensor, Tensor]]:
+        """The batches of an epoch: ids and views."""
+        sampling = phase.recipe.sampling
+        halved = sampling.emulate_missing_launcher
+        plan = epoch_plan(
+            ids,
+            key=derive(self.key(stage, number, 0 if halved else epoch), "order"),
+            batch_size=phase.batch_size * (2 if halved else 1),
+            shuffle=sampling.shuffle,
+            views=sampling.views,
+            round_to=sampling.round_to,
+            drop_last=sampling.drop_last,
+        )
+        return [(some[::2], views[::2]) for some, views in plan] if halved else plan
+
+    def key(self, stage: Stage, phase: int, epoch: int) -> int:
+        """Where the random numbers of an epoch come from."""
+        return derive(self.config.seed, "epoch", stage.index, phase, epoch)
+
+    # Memory and evaluation
+
+    def memory_is_current(self, stage: Stage) -> bool:
+        """Whether the exemplars of the new classes have been chosen."""
+        return stage.labels[-1] in self.memory.per_class()
+
+    def choose_exemplars(self, stage: Stage) -> None:
+        """Choose exemplars of the new classes and shorten the old ones. One process chooses, for all."""
+        self.progress.phase("exemplars")
+        start = time.perf_counter()
+        with self.timed("memory"):
+            quota = self.memory.quota(stage.num_seen, self.tasks.num_classes)
+            chosen = {}
+            for label in stage.labels:
+                ids = torch.nonzero(self.samples.labels == label).flatten()
+                key = derive(self.config.seed, "exemplars", stage.index)
+                noise_key = key if self.config.memory.transform == "train" else None
+                features = self.reader.features(self.learner, self.samples.images, ids, noise_key)
+                chosen[label] = ids[self.memory.select(features, quota, seed_key=derive(key, label))].tolist()
+            self.memory.update(chosen, stage.num_seen, self.tasks.num_classes)
+        self.log.write(
+            "memory_updated",
+            stage=stage.index,
+            num_exemplars=len(self.memory),
+            per_class=quota,
+            seconds=time.perf_counter() - start,
+        )
+
+    def evaluate(self, stage: Stage, when: str) -> Counts:
+        """Count right answers over all classes seen; every reading is recorded."""
+        self.progress.phase("evaluation")
+        start = time.perf_counter()
+        sizes = self.tasks.task_sizes[: stage.index + 1]
+        with self.timed("evaluation"):
+            counts = self.reader.count(self.learner, self.samples.eval_images, self.samples.eval_labels, sizes)
+        self.history.test_reads += self.samples.eval_split == "test"
+        self.log.write(
+            "test_read", stage=stage.index, when=when, split=self.samples.eval_split, num_images=sum(counts.num_images)
+        )
+        self.log.write(
+            "evaluated",
+            stage=stage.index,
+            when=when,
+            accuracy=counts.accuracy,
+            per_task=[right / images for right, images in zip(counts.correct, counts.num_images, strict=True)],
+            accuracy_old=counts.part(slice(0, stage.index)),
+            accuracy_new=counts.part(slice(stage.index, None)),
+            top5=counts.top5 / sum(counts.num_images),
+            seconds=time.perf_counter() - start,
+        )
+        return counts
+
+    # State
+
+    def state(self) -> dict[str, Any]:
+        """Everything the run needs to go on. Random numbers need no state: they come from keys (`cil.seeding`)."""
+        training = None
+        if self.optimizer is not None:
+            training = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        return {
+            "position": asdict(self.position),
+            "structure": self.learner.structure(),
+            "learner": self.learner.state_dict(),
+            "training": training,
+            "memory": self.memory.state_dict(),
+            "history": self.history.to_json(),
+            "seconds": dict(self.seconds),
+            "log_position": self.log.position(),
+        }
+
+    def restore(self) -> None:
+        """Go back to the newest checkpoint, if there is one."""
+        state = checkpoint.load_state(self.folder, self.precision.device)
+        resumed_at = None
+        if state is not None:
+            self.position = Position(**state["position"])
+            self.learner.rebuild(state["structure"])
+            self.learner.to(self.precision.device, self.precision.dtype)
+            self.learner.load_state_dict(state["learner"])
+            self.saved_optimizer = state["training"]
+            self.memory.load_state_dict(state["memory"])
+            self.history = History(**state["history"])
+            self.seconds.update(state["seconds"])
+            self.log.truncate(state["log_position"])
+            resumed_at = {"stage": self.position.stage, "phase": self.position.phase, "epoch": self.position.epoch}
+        else:
+            self.log.truncate(0)
+        self.log.write("run_started", name=self.config.name, resumed_at=resumed_at, **machine(self.precision))
+
+    def images_to_come(self) -> int:
+        """Training images that the run has still to show, for the estimate of its time."""
+        counts = np.bincount(self.samples.labels[self.samples.labels >= 0].numpy(), minlength=self.tasks.num_classes)
+        total = 0
+        for index in range(self.position.stage, self.tasks.num_tasks):
+            stage = self.stage(index)
+            old_quota = self.memory.quota(stage.num_old, self.tasks.num_classes) if index and self.memory.size else 0
+            quota = self.memory.quota(stage.num_seen, self.tasks.num_classes) if self.memory.size else 0
+            new = int(counts[stage.labels.start : stage.labels.stop].sum())
+            sizes = {
+                "new": new,
+                "new+memory": new + old_quota * stage.num_old,
+                "memory": quota * stage.num_seen,
+                "seen": int(counts[: stage.num_seen].sum()),
+            }
+            for number, phase in enumerate(self.learner.phases(stage)):
+                here = index == self.position.stage and number <= self.position.phase
+                done = phase.recipe.epochs if here and number < self.position.phase else self.position.epoch if here else 0
+                round_to = phase.recipe.sampling.round_to
+                total += sizes[phase.source] // round_to * round_to * (phase.recipe.epochs - done)
+        return total
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Add the time of a block to a part of the stage."""
+        start = time.perf_counter()
+        yield
+        self.seconds[part] += time.perf_counter() - start
+
+
+def machine(precision: Precision) -> dict[str, Any]:
+    """Where a run takes place; for the diary, not for the results."""
+    import os
+    import platform
+
+    return {
+        "host": platform.node(),
+        "num_cores": os.cpu_count(),
+        "device": str(precision.device),
+        "precision": precision.name,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }

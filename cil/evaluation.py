@@ -1,0 +1,108 @@
+"""Reading a data set with a learner: counts of right answers, and features for the choice of exemplars."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from cil.data import ImageSet, Transform
+from cil.learners.base import Learner
+from cil.precision import Precision
+from cil.seeding import SampleNoise
+
+TOP_K = 5
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What an evaluation found.
+
+    Attributes:
+        correct: Right answers per task.
+        num_images: Images per task.
+        top5: Answers among the best `TOP_K` classes (or all, if fewer are known), over all tasks.
+    """
+
+    correct: list[int]
+    num_images: list[int]
+    top5: int
+
+    @property
+    def accuracy(self) -> float:
+        """Fraction of right answers over all images."""
+        return sum(self.correct) / sum(self.num_images)
+
+    def part(self, tasks: slice) -> float | None:
+        """The same over some tasks; None if there are none."""
+        images = sum(self.num_images[tasks])
+        return sum(self.correct[tasks]) / images if images else None
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Runs a learner over clean images.
+
+    Attributes:
+        transform: Makes a network's input of uint8 images.
+        precision: Number format.
+        batch_size: Images at a time.
+    """
+
+    transform: Transform
+    precision: Precision
+    batch_size: int
+
+    def _run(
+        self,
+        answer: Callable[[Tensor], Tensor],
+        images: ImageSet,
+        ids: Int[Tensor, " samples"],
+        noise_key: int | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        context: AbstractContextManager[object] = self.precision.autocast()
+        for some in ids.split(self.batch_size):
+            raw = images.fetch(some).to(self.precision.device)
+            if noise_key is None:
+                inputs = self.transform.test(raw)
+            else:
+                where = some.to(raw.device)
+                inputs = self.transform.train(raw, SampleNoise(noise_key, where, torch.zeros_like(where)))
+            with torch.inference_mode(), context:
+                yield some, answer(inputs.to(self.precision.dtype))
+
+    def count(
+        self, learner: Learner, images: ImageSet, labels: Int[Tensor, " all"], task_sizes: tuple[int, ...]
+    ) -> Counts:
+        """Right answers of `learner` over the classes of the tasks in `task_sizes`.
+
+        Args:
+            learner: Predicts.
+            images: The images.
+            labels: Labels of all images in learned order, negative where the class is not used.
+            task_sizes: Classes of each task seen so far.
+        """
+        learner.eval()
+        task_of_label = np.repeat(np.arange(len(task_sizes)), task_sizes)
+        ids = torch.nonzero((labels >= 0) & (labels < len(task_of_label))).flatten()
+        correct, total = np.zeros(len(task_sizes), dtype=np.int64), np.zeros(len(task_sizes), dtype=np.int64)
+        top5 = 0
+        for some, logits in self._run(learner.predict, images, ids):
+            wanted = labels[some]
+            best = logits.float().topk(min(TOP_K, logits.shape[1]), dim=1).indices.cpu()
+            hits = best == wanted[:, None]
+            tasks = task_of_label[wanted.numpy()]
+            np.add.at(total, tasks, 1)
+            np.add.at(correct, tasks, hits[:, 0].numpy().astype(np.int64))
+            top5 += int(hits.sum())
+        return Counts(correct.tolist(), total.tolist(), top5)
+
+    def features(
+        self, learner: Learner, images: ImageSet, ids: Int[Tensor, " samples"], noise_key: int | None = None
+    ) -> Float[Tensor, "samples width"]:
+        """Embeddings of some images: of the clean ones, or of one augmented view each if there is a `noise_key`."""
+        learner.eval()
+        return torch.cat([found.float().cpu() for _, found in self._run(learner.embed, images, ids, noise_key)])

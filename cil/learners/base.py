@@ -1,0 +1,105 @@
+"""The contract between the engine and a method: six hooks."""
+
+import copy
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cil.models.network import Network
+from cil.stages import Phase, Stage
+from kd import Batch, Frozen, Outputs, WeightedSum, frozen
+from kd.registry import Registry
+
+learners: Registry["type[Learner]"] = Registry("learner", "cil.learners")
+
+
+class Learner(nn.Module):
+    """A method: a network, perhaps a teacher, and what is done with them in every stage.
+
+    A learner says what to train; the engine sums the losses, steps, logs, evaluates and saves. Everything it learns
+    or remembers is a parameter, a buffer or part of `structure()`, so that a run can go on from a checkpoint.
+
+    Args:
+        network: The network to train; it has no classes yet.
+        distillation: What the network learns from its predecessor; None to learn nothing.
+    """
+
+    #: Whether the method keeps the network of the last task, to distil from it.
+    keeps_teacher: ClassVar[bool] = False
+    #: Whether the method is at a loss without exemplars.
+    needs_memory: ClassVar[bool] = False
+
+    def __init__(self, network: Network, distillation: WeightedSum | None) -> None:
+        super().__init__()
+        self.network = network
+        self.distillation = distillation
+        self.teacher: Frozen | None = None
+        #: The phase in work; the engine sets it.
+        self.phase: Phase | None = None
+
+    def begin_stage(self, stage: Stage) -> None:
+        """Before the phases of a stage: take the teacher, grow."""
+        if self.keeps_teacher and stage.index > 0:
+            self.teacher = frozen(self.network)
+        self.network.grow(stage.num_new)
+
+    def phases(self, stage: Stage) -> list[Phase]:
+        """What to train in a stage, in order. Has no side effect: it is asked again after a resume."""
+        source = "new+memory" if stage.has_memory else "new"
+        return [Phase("training", source, stage.recipe.for_task(stage.index))]
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """The losses of a batch by name, already weighted."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what its losses are")
+
+    def update(
+        self,
+        losses: dict[str, Tensor],
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        clip_norm: float | None,
+    ) -> None:
+        """One optimiser step on the sum of the losses."""
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(sum(losses.values(), torch.zeros((), device=next(iter(losses.values())).device))).backward()
+        if clip_norm is not None:
+            scaler.unscale_(optimizer)
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, clip_norm)
+        scaler.step(optimizer)
+        scaler.update()
+
+    def end_stage(self, stage: Stage) -> None:
+        """After the phases and the choice of exemplars: weight aligning, bias correction."""
+        self.teacher = None
+
+    def predict(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
+        """Scores of all classes seen so far, for evaluation."""
+        outputs: Outputs = self.network(images)
+        return outputs.logits
+
+    def embed(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch width"]:
+        """The features by which exemplars are chosen.
+
+        Raises:
+            ValueError: If the network has none.
+        """
+        outputs: Outputs = self.network(images)
+        if outputs.embedding is None:
+            raise ValueError(f"{type(self.network).__name__} gives no embedding to choose exemplars by")
+        return outputs.embedding
+
+    def structure(self) -> dict[str, Any]:
+        """What growing has made of the modules, as plain JSON values."""
+        teacher = self.teacher.network.structure() if self.teacher is not None else None  # type: ignore[operator]
+        return {"network": self.network.structure(), "teacher": teacher}
+
+    def rebuild(self, structure: dict[str, Any]) -> None:
+        """Give a fresh learner the modules of a saved one; the values come from its state dict."""
+        if structure["teacher"] is not None:
+            teacher = copy.deepcopy(self.network)
+            teacher.rebuild(structure["teacher"])
+            self.teacher = Frozen(teacher)
+        self.network.rebuild(structure["network"])

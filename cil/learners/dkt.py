@@ -1,0 +1,145 @@
+"""DKT: Diverse Knowledge Transfer Transformer (Gao et al., CVPR 2023, pages 24236-24245)."""
+
+from typing import Annotated
+
+from pydantic import Field
+from torch import Tensor
+
+from cil.learners.base import Learner, learners
+from cil.learners.dkt_losses import dkt_losses
+from cil.models.dkt import DKTNetwork
+from cil.models.network import Network
+from cil.optim import Recipe, Schedule
+from cil.stages import Phase, Stage
+from kd import Batch, WeightedSum
+from kd.feature.cluster_separation import ClusterSeparation
+
+
+@learners.register("dkt")
+class DKT(Learner):
+    """A transformer with a token pool, trained on new data and memory, then fine-tuned on the balanced memory.
+
+    Main phase of task t > 0, with $\\lambda = C_{old} / C$:
+    $L = w\\,(1-\\lambda)\\,BCE + \\lambda\\,KD + CS$; old task tokens and the stability classifier are frozen.
+    Fine-tuning: $L = BCE$ on the memory, encoder and task tokens frozen. Task 0: $L = BCE$.
+
+    The defaults are the corrected method; `learner=dkt_official` sets every switch as the release has it (docs/method.md
+    lists them).
+
+    Args:
+        network: A `DKTNetwork`.
+        distillation: The transfer from the network of the last task; None leaves the term out.
+        base_weight: $w$; the release counts the base loss twice (R1).
+        separation: Coefficient of the cluster-separation loss; 0 leaves the term out.
+        finetune_epochs: Epochs of balanced fine-tuning, one number or one per task from the second on, of which the
+            last goes on (R9); 0 leaves it out.
+        finetune_lr: Constant rate of fine-tuning, scaled by batch size like the main one.
+        finetune_batch_size: Null takes the batch size of the recipe.
+        finetune_shuffle: The release reads the memory in class order (R4a).
+        finetune_drop_last: The release drops the tail, which is the newest classes (R4b).
+        finetune_frozen_in_eval: Hold frozen layers in evaluation mode; in the release their BatchNorm statistics move
+            on and their drop path stays on (R6).
+        finetune_general_token: Train the general token too, as the release does (R7).
+        incremental_batch_size: Batch size from the second task on; null keeps the recipe's.
+        late_batch_override: Scale the rate by `incremental_batch_size` but load batches of the recipe's size (R12).
+
+    Raises:
+        ValueError: If the network is no `DKTNetwork`, or a switch has nothing to act on.
+    """
+
+    keeps_teacher = True
+
+    def __init__(
+        self,
+        network: Network,
+        distillation: WeightedSum | None,
+        *,
+        base_weight: Annotated[float, Field(gt=0)] = 1.0,
+        separation: Annotated[float, Field(ge=0)] = 0.003,
+        finetune_epochs: Annotated[int, Field(ge=0)] | list[Annotated[int, Field(ge=0)]] = 10,
+        finetune_lr: Annotated[float, Field(gt=0)] = 5e-5,
+        finetune_batch_size: Annotated[int, Field(gt=1)] | None = None,
+        finetune_shuffle: bool = True,
+        finetune_drop_last: bool = False,
+        finetune_frozen_in_eval: bool = True,
+        finetune_general_token: bool = False,
+        incremental_batch_size: Annotated[int, Field(gt=1)] | None = None,
+        late_batch_override: bool = False,
+    ) -> None:
+        super().__init__(network, distillation)
+        if not isinstance(network, DKTNetwork):
+            raise ValueError(
+                f"learner=dkt needs the network with a token pool, found {type(network).__name__}: use model=dkt, or "
+                "another learner (replay, finetune, joint)"
+            )
+        if isinstance(finetune_epochs, list) and not finetune_epochs:
+            raise ValueError("learner.finetune_epochs: found an empty list; give one number, or one for each task")
+        if late_batch_override and incremental_batch_size is None:
+            raise ValueError("learner.late_batch_override has no effect without learner.incremental_batch_size")
+        self.network: DKTNetwork = network
+        self.separation = ClusterSeparation(scale=separation) if separation else None
+        self.base_weight = base_weight
+        self.finetune_epochs = finetune_epochs if isinstance(finetune_epochs, list) else [finetune_epochs]
+        self.finetune_lr = finetune_lr
+        self.finetune_batch_size = finetune_batch_size
+        self.finetune_shuffle = finetune_shuffle
+        self.finetune_drop_last = finetune_drop_last
+        self.finetune_frozen_in_eval = finetune_frozen_in_eval
+        self.finetune_general_token = finetune_general_token
+        self.incremental_batch_size = incremental_batch_size
+        self.late_batch_override = late_batch_override
+
+    def phases(self, stage: Stage) -> list[Phase]:
+        """The main phase, and from the second task on balanced fine-tuning on the memory."""
+        recipe = stage.recipe.for_task(stage.index)
+        if stage.index == 0:
+            return [Phase("training", "new", recipe)]
+        loader_batch_size = recipe.batch_size if self.late_batch_override else None
+        if self.incremental_batch_size is not None:
+            recipe = recipe.changed(batch_size=self.incremental_batch_size)
+        network = self.network
+        pool = network.token_pool
+        main = Phase(
+            "training",
+            "new+memory",
+            recipe,
+            frozen=[*pool.task_tokens[:-1], network.stability],
+            loader_batch_size=loader_batch_size,
+        )
+        epochs = self.finetune_epochs[min(stage.index, len(self.finetune_epochs)) - 1]
+        if not epochs or not stage.has_memory:
+            return [main]
+        general_token = [] if self.finetune_general_token else [pool.general_token]
+        finetuning = Phase(
+            "finetuning",
+            "memory",
+            self._finetuning_recipe(recipe, epochs),
+            frozen=[network.encoder, *pool.task_tokens, *general_token],
+            frozen_in_eval=self.finetune_frozen_in_eval,
+        )
+        return [main, finetuning]
+
+    def _finetuning_recipe(self, recipe: Recipe, epochs: int) -> Recipe:
+        sampling = {"shuffle": self.finetune_shuffle, "drop_last": self.finetune_drop_last}
+        return recipe.changed(
+            epochs=epochs,
+            initial_epochs=None,
+            lr=self.finetune_lr,
+            batch_size=self.finetune_batch_size or recipe.batch_size,
+            schedule=Schedule(name="constant").model_dump(),
+            sampling=sampling,
+        )
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """The weighted terms `bce`, the distillation terms by name and `separation`; fine-tuning has `bce` alone."""
+        student = self.network(batch.images)
+        finetuning = self.phase is not None and self.phase.source == "memory"
+        teacher = self.teacher(batch.images) if self.teacher is not None and not finetuning else None
+        return dkt_losses(
+            student,
+            teacher,
+            batch,
+            distillation=self.distillation,
+            separation=self.separation,
+            base_weight=self.base_weight,
+        )

@@ -1,0 +1,353 @@
+"""The network of DKT: Diverse Knowledge Transfer Transformer (Gao et al., CVPR 2023, pages 24236-24245).
+
+Patch tokens pass through a shared encoder. A pool keeps one general token, which the last encoder block (GKAB) reads
+beside the patches, and one token per task. A decoder block (SKAB) lets the newest task token ask the older ones and
+the patches, once per image, however many tasks there are. Two classifiers read the answer: stability for all old
+classes, plasticity for the newest. There is no positional embedding: the depthwise convolutions see the places.
+
+Shapes in the names of axes: b batch, n patches, t task tokens, d width, h and w of the grid of patches.
+"""
+
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from cil.models.heads import PlasticityClassifier, StabilityClassifier
+from cil.models.network import InputShape, Network, models
+from cil.models.noise import DropPath
+from kd import Outputs
+
+Tokens = Float[Tensor, "batch tokens width"]
+Grid = tuple[int, int]
+
+_TOKEN_STD = 0.02  # of tokens and of the decoder's attention at the start (release)
+_BLOCK_EPS = 1e-6  # of LayerNorms in blocks (release); the classifiers have torch's 1e-5
+
+
+class TokenPool(nn.Module):
+    """What the network remembers in tokens: one general token, and one token per task.
+
+    Args:
+        width: Width of a token.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.general_token = nn.Parameter(self._draw(width))
+        self.task_tokens = nn.ParameterList()
+
+    @staticmethod
+    def _draw(width: int) -> Float[Tensor, "1 1 width"]:
+        # three axes, so that weight decay counts a token as a matrix, as in the release
+        return nn.init.trunc_normal_(torch.empty(1, 1, width), std=_TOKEN_STD)
+
+    def grow(self) -> None:
+        """Add the token of a new task: a fresh draw, no copy."""
+        general = self.general_token
+        self.task_tokens.append(nn.Parameter(self._draw(general.shape[-1]).to(general)))
+
+    def newest_first(self, batch_size: int) -> Tokens:
+        """The task tokens for every sample, in the order in which the decoder reads them."""
+        *older, newest = self.task_tokens
+        return repeat(torch.cat([newest, *older], dim=1), "1 t d -> b t d", b=batch_size)
+
+
+class ConvPatchEmbedding(nn.Module):
+    """Convolution, BatchNorm, max-pooling, then one strided convolution that cuts patches (not overlapping).
+
+    Args:
+        channels: Channels of an image.
+        width: Width of a token.
+        stem_width, stem_kernel, stem_stride, stem_padding: The first convolution.
+        pool_stride: Stride of the 3x3 pooling; 1 leaves pooling out.
+        patch_kernel: Kernel and stride of the second convolution.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        width: int,
+        *,
+        stem_width: int,
+        stem_kernel: int,
+        stem_stride: int,
+        stem_padding: int,
+        pool_stride: int,
+        patch_kernel: int,
+    ) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(channels, stem_width, stem_kernel, stem_stride, stem_padding)
+        self.norm = nn.BatchNorm2d(stem_width)
+        self.pool = nn.MaxPool2d(3, pool_stride, padding=1) if pool_stride > 1 else nn.Identity()
+        #: Kernel, stride and padding of what comes before the patches.
+        self.windows = [(stem_kernel, stem_stride, stem_padding)] + [(3, pool_stride, 1)] * (pool_stride > 1)
+        self.project = nn.Conv2d(stem_width, width, patch_kernel, stride=patch_kernel)
+
+    def grid(self, height: int, width: int) -> Grid:
+        """Rows and columns of patches of an image.
+
+        Raises:
+            ValueError: If the image is too small or its feature map cannot be cut into whole patches.
+        """
+        rows, columns = self._map_side(height), self._map_side(width)
+        patch = self.project.kernel_size[0]
+        if min(rows, columns) < patch or rows % patch or columns % patch:
+            raise ValueError(
+                f"an image of {height}x{width} becomes a map of {rows}x{columns} before it is cut into patches; both "
+                f"sides must be positive multiples of patch_kernel={patch}: change the image size, patch_kernel, "
+                "pool_stride or stem_stride"
+            )
+        return rows // patch, columns // patch
+
+    def _map_side(self, side: int) -> int:
+        for kernel, stride, padding in self.windows:
+            side = (side + 2 * padding - kernel) // stride + 1
+        return side
+
+    def forward(self, images: Float[Tensor, "batch channels height width"]) -> tuple[Tokens, Grid]:
+        """The tokens, row by row, and their grid."""
+        grid = self.grid(*images.shape[2:])
+        images = images.contiguous(memory_format=torch.channels_last)
+        patches = self.project(self.pool(self.norm(self.stem(images))))
+        return rearrange(patches, "b d h w -> b (h w) d").contiguous(), grid
+
+
+class Attention(nn.Module):
+    """Multi-head attention, softmax(q k' / sqrt(width per head)) v, of queries to a context that they may be part of.
+
+    Args:
+        width: Width of a token.
+        num_heads: Number of heads.
+    """
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.k, self.v, self.proj = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(
+        self, queries: Float[Tensor, "batch queries width"], context: Float[Tensor, "batch keys width"]
+    ) -> Float[Tensor, "batch queries width"]:
+        """One answer per query."""
+        split = "b n (head d) -> b head n d"
+        q = rearrange(self.q(queries), split, head=self.num_heads)
+        k = rearrange(self.k(context), split, head=self.num_heads)
+        v = rearrange(self.v(context), split, head=self.num_heads)
+        answers = rearrange(F.scaled_dot_product_attention(q, k, v), "b head n d -> b n (head d)")
+        projected: Tensor = self.proj(answers)
+        return projected
+
+
+class ConvMLP(nn.Module):
+    """Two 1x1 convolutions around a 3x3 depthwise one on the grid of patches, each with BatchNorm.
+
+    Args:
+        width: Width of a token.
+        hidden: Width in between.
+    """
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.expand = nn.Conv2d(width, hidden, 1)
+        self.bn1 = nn.BatchNorm2d(hidden)
+        self.depthwise = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.bn2 = nn.BatchNorm2d(hidden)
+        self.reduce = nn.Conv2d(hidden, width, 1)
+        self.bn3 = nn.BatchNorm2d(width)
+
+    def forward(self, tokens: Tokens, grid: Grid) -> Tokens:
+        """Tokens in, tokens out."""
+        height, width = grid
+        # both rearrangements are views: tokens are a map in channels-last memory
+        x = rearrange(tokens, "b (h w) d -> b d h w", h=height, w=width)
+        x = F.gelu(self.bn1(self.expand(x)))
+        x = F.gelu(self.bn2(self.depthwise(x)))
+        tokens = rearrange(self.bn3(self.reduce(x)), "b d h w -> b (h w) d")
+        return tokens
+
+
+class Block(nn.Module):
+    """What the three kinds of blocks share: attention, then the convolutional MLP, both residual.
+
+    Args:
+        width, num_heads, hidden: Width of a token, heads of the attention, width inside the MLP.
+        drop_path: Rate of stochastic depth.
+        name: What the block draws its stochastic depth as.
+    """
+
+    def __init__(self, width: int, num_heads: int, hidden: int, *, drop_path: float = 0.0, name: str = "") -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=_BLOCK_EPS)
+        self.attention = Attention(width, num_heads)
+        self.norm2 = nn.LayerNorm(width, eps=_BLOCK_EPS)
+        self.mlp = ConvMLP(width, hidden)
+        self.drop_attention = DropPath(drop_path, f"{name}.attention")
+        self.drop_mlp = DropPath(drop_path, f"{name}.mlp")
+
+    def update(self, x: Tokens, queries: Tokens, context: Tokens, grid: Grid) -> Tokens:
+        """`x` with what its normalised form, `queries`, learns from `context`, and the MLP of that."""
+        x = x + self.drop_attention(self.attention(queries, context))
+        updated: Tokens = x + self.drop_mlp(self.mlp(self.norm2(x), grid))
+        return updated
+
+
+class EncoderBlock(Block):
+    """Patches attend to patches."""
+
+    def forward(self, patches: Tokens, grid: Grid) -> Tokens:
+        """Patches in, patches out."""
+        context = self.norm1(patches)
+        return self.update(patches, context, context, grid)
+
+
+class GKAB(Block):
+    """General knowledge attention block: patches attend to patches and to the general token, which stays as it is."""
+
+    def forward(self, patches: Tokens, grid: Grid, general_token: Float[Tensor, "1 1 width"]) -> Tokens:
+        """Patches in, patches out."""
+        queries = self.norm1(patches)
+        general = repeat(self.norm1(general_token), "1 1 d -> b 1 d", b=patches.shape[0])
+        context = torch.cat([queries, general.to(queries.dtype)], dim=1)
+        return self.update(patches, queries, context, grid)
+
+
+class SKAB(Block):
+    """Specific knowledge attention block: the newest task token, alone, asks older task tokens and patches.
+
+    Its MLP sees a 1x1 map, so of each depthwise kernel only the middle counts.
+    """
+
+    def __init__(self, width: int, num_heads: int, hidden: int) -> None:
+        super().__init__(width, num_heads, hidden, name="skab")
+        for linear in (self.attention.q, self.attention.k, self.attention.v, self.attention.proj):
+            nn.init.trunc_normal_(linear.weight, std=_TOKEN_STD)
+            nn.init.zeros_(linear.bias)
+
+    def forward(
+        self, task_tokens: Float[Tensor, "batch tasks width"], patches: Float[Tensor, "batch patches width"]
+    ) -> Float[Tensor, "batch width"]:
+        """The answer to the first task token."""
+        context = self.norm1(torch.cat([task_tokens, patches], dim=1))
+        return rearrange(self.update(task_tokens[:, :1], context[:, :1], context, (1, 1)), "b 1 d -> b d")
+
+
+class Encoder(nn.Module):
+    """Patch embedding and attention blocks, of which the last is the GKAB: one thing to freeze in fine-tuning.
+
+    Args:
+        patch_embedding: Cuts images into tokens.
+        blocks: Plain blocks, then one GKAB.
+    """
+
+    def __init__(self, patch_embedding: ConvPatchEmbedding, blocks: list[Block]) -> None:
+        super().__init__()
+        self.patch_embedding = patch_embedding
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(
+        self, images: Float[Tensor, "batch channels height width"], general_token: Float[Tensor, "1 1 dim"]
+    ) -> Float[Tensor, "batch patches dim"]:
+        """The encoded patches."""
+        patches, grid = self.patch_embedding(images)
+        *plain, gkab = self.blocks
+        for block in plain:
+            patches = block(patches, grid)
+        encoded: Tensor = gkab(patches, grid, general_token)
+        return encoded
+
+
+@models.register("dkt")
+class DKTNetwork(Network):
+    """The whole network; see the module for how it works. One class of each name in it is one attribute here.
+
+    Args:
+        input_shape: Channels, height and width of an image.
+        width: Width of a token and of the embedding; 32 per head in the paper.
+        num_heads: Heads of every attention.
+        depth: Encoder blocks, the GKAB included.
+        mlp_ratio: Width inside the MLP, as a multiple of `width`.
+        stem_width: Channels of the first convolution.
+        stem_kernel: Its kernel (3 for CIFAR, 7 for ImageNet).
+        stem_stride: Its stride (1; 2).
+        stem_padding: Its padding (1; 2).
+        pool_stride: Stride of the max-pooling; 1 leaves pooling out, for small images.
+        patch_kernel: Side of a patch on the map after pooling (2; 4).
+        drop_path: Stochastic depth; block i of the encoder drops at `drop_path * i / depth`, the decoder never.
+        merge_norm: See `StabilityClassifier.absorb`; False is the release (R3b).
+        merge_bias: See `StabilityClassifier.absorb`; False is the release (R3a).
+
+    Raises:
+        ValueError: If `width` is no multiple of `num_heads`, or no whole patches can be cut.
+    """
+
+    def __init__(
+        self,
+        input_shape: InputShape,
+        *,
+        width: Annotated[int, Field(gt=0)] = 384,
+        num_heads: Annotated[int, Field(gt=0)] = 12,
+        depth: Annotated[int, Field(gt=0)] = 5,
+        mlp_ratio: Annotated[int, Field(gt=0)] = 4,
+        stem_width: Annotated[int, Field(gt=0)] = 32,
+        stem_kernel: Annotated[int, Field(gt=0)] = 3,
+        stem_stride: Annotated[int, Field(gt=0)] = 1,
+        stem_padding: Annotated[int, Field(ge=0)] = 1,
+        pool_stride: Annotated[int, Field(gt=0)] = 2,
+        patch_kernel: Annotated[int, Field(gt=0)] = 2,
+        drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.1,
+        merge_norm: bool = True,
+        merge_bias: bool = True,
+    ) -> None:
+        super().__init__(input_shape, width)
+        if width % num_heads:
+            raise ValueError(f"width must be a multiple of num_heads, found width={width} and num_heads={num_heads}")
+        self.merge_norm = merge_norm
+        self.merge_bias = merge_bias
+        patch_embedding = ConvPatchEmbedding(
+            input_shape[0],
+            width,
+            stem_width=stem_width,
+            stem_kernel=stem_kernel,
+            stem_stride=stem_stride,
+            stem_padding=stem_padding,
+            pool_stride=pool_stride,
+            patch_kernel=patch_kernel,
+        )
+        patch_embedding.grid(*input_shape[1:])  # raises if there are no whole patches
+        hidden = mlp_ratio * width
+        kinds: list[type[Block]] = [EncoderBlock] * (depth - 1) + [GKAB]
+        blocks: list[Block] = [
+            kind(width, num_heads, hidden, drop_path=drop_path * i / depth, name=f"block{i}")
+            for i, kind in enumerate(kinds)
+        ]
+        self.token_pool = TokenPool(width)
+        self.encoder = Encoder(patch_embedding, blocks)
+        self.skab = SKAB(width, num_heads, hidden)
+        self.stability = StabilityClassifier(width)
+        self.plasticity: PlasticityClassifier | None = None
+
+    def _grow(self, num_new: int) -> None:
+        self.token_pool.grow()
+        if self.num_tasks == 0:
+            self.stability.head.grow(num_new)
+            return
+        if self.plasticity is not None:
+            self.stability.absorb(self.plasticity, merge_norm=self.merge_norm, merge_bias=self.merge_bias)
+        self.plasticity = PlasticityClassifier(self.embedding_width).to(self.token_pool.general_token)
+        self.plasticity.head.grow(num_new)
+
+    def classify(self, embedding: Float[Tensor, "batch width"]) -> Float[Tensor, "batch classes"]:
+        """Scores of all classes, in the order in which they were learned."""
+        old: Tensor = self.stability(embedding)
+        return old if self.plasticity is None else torch.cat([old, self.plasticity(embedding)], dim=1)
+
+    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Outputs:
+        """Scores of all classes so far, and the decoder's answer as the embedding."""
+        patches = self.encoder(images, self.token_pool.general_token)
+        z = self.skab(self.token_pool.newest_first(len(images)), patches)
+        return Outputs(self.classify(z), embedding=z)

@@ -1,0 +1,103 @@
+"""Networks whose classes grow: the contract, and the common case of a backbone with one linear head."""
+
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cil.models.heads import GrowingLinear
+from kd import Outputs
+from kd.registry import Registry
+
+InputShape = tuple[int, int, int]
+
+models: Registry["type[Network]"] = Registry("model", "cil.models")
+
+
+class Network(nn.Module):
+    """A network that starts without classes and is grown task by task.
+
+    Args:
+        input_shape: Channels, height and width of an image.
+        embedding_width: Width of the features before the head.
+
+    Attributes:
+        task_sizes: Number of classes of every task so far.
+    """
+
+    def __init__(self, input_shape: InputShape, embedding_width: int) -> None:
+        super().__init__()
+        self.input_shape = input_shape
+        self.embedding_width = embedding_width
+        self.task_sizes: list[int] = []
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes over all tasks so far."""
+        return sum(self.task_sizes)
+
+    @property
+    def num_tasks(self) -> int:
+        """Number of tasks so far."""
+        return len(self.task_sizes)
+
+    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Outputs:
+        """Scores of all classes so far, and the embedding before the head."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how to classify images")
+
+    def grow(self, num_new: int) -> None:
+        """Make room for the classes of one more task.
+
+        What is added is drawn from torch's CPU generator, on any device, and takes gradients.
+
+        Raises:
+            ValueError: If `num_new` is not positive.
+        """
+        if num_new < 1:
+            raise ValueError(f"a task needs at least one class, found {num_new}")
+        self._grow(num_new)
+        self.task_sizes.append(num_new)
+
+    def _grow(self, num_new: int) -> None:
+        raise NotImplementedError(f"{type(self).__name__} does not say how it grows")
+
+    def structure(self) -> dict[str, Any]:
+        """What growing has made of the modules, as plain JSON values."""
+        return {"task_sizes": list(self.task_sizes)}
+
+    def rebuild(self, structure: dict[str, Any]) -> None:
+        """Grow a fresh network to a saved structure; the values come from its state dict.
+
+        Raises:
+            ValueError: If this network has classes already.
+        """
+        if self.task_sizes:
+            raise ValueError(f"only a fresh network can be rebuilt, this one has tasks of {self.task_sizes} classes")
+        for num_new in structure["task_sizes"]:
+            self.grow(num_new)
+
+
+class BackboneNetwork(Network):
+    """A backbone that gives one embedding per image, and one linear head over all classes.
+
+    Args:
+        input_shape: Channels, height and width of an image.
+        backbone: Maps images to embeddings `[batch, embedding_width]`.
+        embedding_width: Width of the embedding.
+        keep_bias: See `GrowingLinear`.
+    """
+
+    def __init__(
+        self, input_shape: InputShape, backbone: nn.Module, embedding_width: int, keep_bias: bool = True
+    ) -> None:
+        super().__init__(input_shape, embedding_width)
+        self.backbone = backbone
+        self.head = GrowingLinear(embedding_width, keep_bias=keep_bias)
+
+    def _grow(self, num_new: int) -> None:
+        self.head.grow(num_new)
+
+    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Outputs:
+        """Scores of all classes so far, and the embedding before the head."""
+        embedding = self.backbone(images)
+        return Outputs(self.head(embedding), embedding)

@@ -1,0 +1,194 @@
+"""Optimisers and learning-rate schedules by name (timm's), and the recipe that ties them to batches and epochs."""
+
+from collections.abc import Sequence
+from typing import Annotated, Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from torch import nn
+
+from kd.registry import unknown
+
+_FUSED = {"adam", "adamw", "sgd"}  # torch's own, with one kernel for all parameters
+
+
+class Schedule(BaseModel):
+    """How the learning rate moves over a phase.
+
+    `cosine` is $lr(e) = min + (peak - min)(1 + \\cos(\\pi e / E)) / 2$ after a linear warm-up from `warmup_lr`; the
+    warm-up is not subtracted from $e$ (timm's and the DKT release's form).
+
+    Attributes:
+        name: The curve.
+        unit: Whether the rate changes every epoch or every step.
+        warmup_epochs: Length of the linear warm-up.
+        warmup_lr: Rate at its beginning, after scaling by batch size (it is not scaled itself).
+        min_lr: Rate at the end of the curve (not scaled).
+        milestones: For `multistep`: epochs at which the rate is multiplied by `decay_rate`.
+        decay_epochs: For `step`: the same every so many epochs.
+        decay_rate: See the two above.
+        legacy_shift: The release steps its schedule with the index of the epoch just finished, so epoch e runs at the
+            rate of e - 1 and the first two epochs at `warmup_lr`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Literal["constant", "cosine", "multistep", "poly", "step", "tanh"] = "cosine"
+    unit: Literal["epoch", "step"] = "epoch"
+    warmup_epochs: int = Field(0, ge=0)
+    warmup_lr: float = Field(1e-6, ge=0)
+    min_lr: float = Field(1e-5, ge=0)
+    milestones: list[int] = []
+    decay_epochs: int = Field(30, gt=0)
+    decay_rate: float = Field(0.1, gt=0)
+    legacy_shift: bool = False
+
+    @model_validator(mode="after")
+    def _effects(self) -> Self:
+        if self.legacy_shift and self.unit == "step":
+            raise ValueError("legacy_shift is about epochs and has no effect with unit=step: set unit=epoch")
+        return self
+
+
+def learning_rates(schedule: Schedule, epochs: int, peak: float, steps_per_epoch: int = 1) -> list[float]:
+    """The learning rate in effect in every epoch (or step, with `unit=step`) of a phase.
+
+    A table made once, instead of a scheduler with a state: going on after an interruption reads it at another place.
+
+    Args:
+        schedule: The curve.
+        epochs: Length of the phase.
+        peak: Rate after the warm-up.
+        steps_per_epoch: Only read with `unit=step`.
+    """
+    by_step = schedule.unit == "step"
+    count = epochs * steps_per_epoch if by_step else epochs
+    if schedule.name == "constant" and not schedule.warmup_epochs:
+        return [peak] * count
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=peak)
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        # a multistep curve without milestones is timm's way to say constant after a warm-up
+        sched="multistep" if schedule.name == "constant" else schedule.name,
+        num_epochs=epochs,
+        decay_milestones=[] if schedule.name == "constant" else schedule.milestones,
+        decay_epochs=schedule.decay_epochs,
+        decay_rate=schedule.decay_rate,
+        min_lr=schedule.min_lr,
+        warmup_lr=schedule.warmup_lr,
+        warmup_epochs=schedule.warmup_epochs,
+        step_on_epochs=not by_step,
+        updates_per_epoch=steps_per_epoch if by_step else 0,
+    )
+    rates = []
+    for index in range(count):
+        time = max(index - 1, 0) if schedule.legacy_shift else index
+        if by_step:
+            scheduler.step_update(time)
+        else:
+            scheduler.step(time)
+        rates.append(float(optimizer.param_groups[0]["lr"]))
+    return rates
+
+
+class Sampling(BaseModel):
+    """Which samples an epoch shows, and in which order.
+
+    Attributes:
+        shuffle: A new permutation every epoch; otherwise the order in which the samples are stored (by class).
+        views: Repeated augmentation: every sample stands `views` times in a row of the permutation, which is cut at
+            the number of samples, so an epoch sees 1/`views` of them.
+        round_to: Cut the number of samples to a multiple of this (the release: 256).
+        drop_last: Leave out a last batch that is not full, unless it is the only one.
+        emulate_missing_launcher: The release without a distributed launcher: every second entry, and the same
+            permutation every epoch.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    shuffle: bool = True
+    views: int = Field(1, ge=1)
+    round_to: int = Field(1, ge=1)
+    drop_last: bool = False
+    emulate_missing_launcher: bool = False
+
+
+class Recipe(BaseModel):
+    """How a phase is trained.
+
+    Attributes:
+        optimizer: Any name timm knows (`adamw`, `sgd`, `lion`, ...).
+        lr: Learning rate at the batch size `lr_reference_batch`.
+        lr_reference_batch: The rate used is `lr * batch_size / lr_reference_batch`; null uses `lr` as it is.
+        weight_decay: Not applied to biases and vectors (timm's rule).
+        momentum: For optimisers that have one.
+        betas: For optimisers of the Adam family.
+        clip_norm: Largest allowed norm of the whole gradient; null does not clip.
+        epochs: Passes over the samples, in each task.
+        initial_epochs: The same for the first task; null takes `epochs`.
+        batch_size: Samples per step, over all processes.
+        schedule: The learning-rate curve.
+        sampling: Order and choice of the samples of an epoch.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    optimizer: str = "adamw"
+    lr: float = Field(5e-4, gt=0)
+    lr_reference_batch: int | None = Field(256, gt=0)
+    weight_decay: float = Field(1e-6, ge=0)
+    momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] | None = None
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    epochs: int = Field(500, gt=0)
+    initial_epochs: Annotated[int, Field(gt=0)] | None = None
+    batch_size: int = Field(128, gt=1)
+    schedule: Schedule = Schedule()
+    sampling: Sampling = Sampling()
+
+    @model_validator(mode="after")
+    def _known_optimizer(self) -> Self:
+        known = list_optimizers()
+        if self.optimizer not in known:
+            raise ValueError(unknown("optimizer", self.optimizer, known).split(" Known:")[0] + " (see timm's optimisers)")
+        return self
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate after scaling by the batch size."""
+        return self.lr * self.batch_size / self.lr_reference_batch if self.lr_reference_batch else self.lr
+
+    def changed(self, **fields: object) -> "Recipe":
+        """The same recipe with other fields, checked again."""
+        return Recipe.model_validate(self.model_dump() | fields)
+
+    def for_task(self, index: int) -> "Recipe":
+        """The recipe with the number of epochs of task `index`."""
+        return self.changed(epochs=self.initial_epochs) if index == 0 and self.initial_epochs else self
+
+
+def make_optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """An optimiser over the parameters of `module` that take gradients.
+
+    Raises:
+        ValueError: If none does.
+    """
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise ValueError(f"{type(module).__name__} has no parameter left to train in this phase: everything is frozen")
+    given: dict[str, object] = {"momentum": recipe.momentum, "betas": recipe.betas}
+    given = {name: value for name, value in given.items() if value is not None}
+    if recipe.optimizer in _FUSED:
+        given["fused"] = True
+    optimizer: torch.optim.Optimizer = create_optimizer_v2(
+        module, opt=recipe.optimizer, lr=recipe.peak_lr, weight_decay=recipe.weight_decay, **given
+    )
+    return optimizer
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the rate of every parameter group."""
+    groups: Sequence[dict[str, object]] = optimizer.param_groups
+    for group in groups:
+        group["lr"] = rate

@@ -1,0 +1,72 @@
+"""Number formats: which one a device computes well in, and the autocast that goes with it."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+PrecisionName = Literal["auto", "fp32", "bf16", "fp16", "fp64"]
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether `device` multiplies bfloat16 matrices in hardware (AVX-512 BF16 or AMX on a CPU)."""
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return False
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError: If the device does not exist here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={name}: not usable here ({reason}); use device=auto or device=cpu") from None
+    return device
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The format a run computes in.
+
+    Attributes:
+        name: `fp32`, `bf16`, `fp16` or `fp64`; never `auto`.
+        device: Where it computes.
+    """
+
+    name: str
+    device: torch.device
+
+    @classmethod
+    def resolve(cls, name: PrecisionName, device: torch.device) -> "Precision":
+        """`auto` is bf16 where the hardware has it, else fp32."""
+        if name == "auto":
+            name = "bf16" if has_bf16(device) else "fp32"
+        return cls(name, device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The format of weights and inputs."""
+        return torch.float64 if self.name == "fp64" else torch.float32
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The context of every forward pass."""
+        if self.name in _AUTOCAST:
+            return torch.autocast(self.device.type, _AUTOCAST[self.name])
+        return nullcontext()
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """Loss scaling, switched on for fp16 only."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")

@@ -1,0 +1,70 @@
+"""What a learner is told about a stage, and what it answers: the phases to train."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from cil.optim import Recipe
+
+Source = Literal["new", "new+memory", "memory", "seen"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One task of the sequence.
+
+    Attributes:
+        index: Counts from 0.
+        labels: The new classes, as labels in learned order.
+        recipe: How the run trains unless a phase says otherwise.
+        has_memory: Whether exemplars of old classes are kept.
+    """
+
+    index: int
+    labels: range
+    recipe: Recipe
+    has_memory: bool
+
+    @property
+    def num_old(self) -> int:
+        """Number of classes learned before this stage."""
+        return self.labels.start
+
+    @property
+    def num_new(self) -> int:
+        """Number of classes that arrive with this stage."""
+        return len(self.labels)
+
+    @property
+    def num_seen(self) -> int:
+        """Number of classes known after this stage."""
+        return self.labels.stop
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a stage: what to train on, how long, and which parameters.
+
+    Attributes:
+        name: For people and logs.
+        source: The samples: of the new classes, with the exemplars, the exemplars alone (then those of the new classes
+            are chosen before the phase), or everything seen so far.
+        recipe: Optimiser, rate, epochs, batches.
+        frozen: Modules and parameters that do not learn in this phase.
+        frozen_in_eval: Hold the frozen modules in evaluation mode (BatchNorm statistics, drop path).
+        loader_batch_size: Batch size of the loader where it differs from the one the learning rate is scaled by.
+    """
+
+    name: str
+    source: Source
+    recipe: Recipe
+    frozen: Sequence[nn.Module | nn.Parameter] = ()
+    frozen_in_eval: bool = True
+    loader_batch_size: int | None = None
+
+    @property
+    def batch_size(self) -> int:
+        """Samples per step."""
+        return self.loader_batch_size or self.recipe.batch_size
