@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cil.run import Model, load
+    from cil.loading import Model, load
 
 __all__ = ["Model", "load"]
 
@@ -11,7 +11,7 @@ __all__ = ["Model", "load"]
 def __getattr__(name: str) -> Any:
     """`cil.load` and `cil.Model` on first use, so that `import cil` costs no torch."""
     if name in __all__:
-        from cil import run
+        from cil import loading
 
-        return getattr(run, name)
+        return getattr(loading, name)
     raise AttributeError(f"module 'cil' has no attribute {name!r}")

@@ -43,9 +43,7 @@ def stage_folder(run: Path, stage: int) -> Path:
 
 def save_state(run: Path, stage: int, state: dict[str, Any]) -> None:
     """Save the state of a run in the middle of `stage`."""
-    write_atomically(
-        stage_folder(run, stage) / "state.pt", lambda file: torch.save({"format": FORMAT, **state}, file)
-    )
+    write_atomically(stage_folder(run, stage) / "state.pt", lambda file: torch.save({"format": FORMAT, **state}, file))
 
 
 def save_stage(run: Path, stage: int, state: dict[str, Any], summary: dict[str, Any]) -> None:
@@ -81,7 +79,9 @@ def load_state(run: Path, device: torch.device) -> dict[str, Any] | None:
     try:
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # whatever a damaged file makes the reader say
-        raise ValueError(f"{path}: damaged, cannot be read ({type(error).__name__}); remove it to go on from the stage before") from error
+        raise ValueError(
+            f"{path}: damaged, cannot be read ({type(error).__name__}); remove it to go on from the stage before"
+        ) from error
     if state.get("format") != FORMAT:
         raise ValueError(f"{path}: written in format {state.get('format')}, this version reads format {FORMAT}")
     if not any(name.startswith(_NETWORK) for name in state["learner"]):

@@ -74,7 +74,7 @@ def compose(overrides: list[str], config_name: str = "train_incremental") -> dic
         own = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
         tree = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError([line for line in str(error).splitlines() if line.strip()][:MAX_LINES - 1]) from error
+        raise ConfigError([line for line in str(error).splitlines() if line.strip()][: MAX_LINES - 1]) from error
     assert isinstance(tree, dict)
     plain: dict[str, Any] = {str(key): value for key, value in tree.items()}
     plain["experiment"] = choices.get("experiment")
@@ -119,7 +119,8 @@ def _run(overrides: list[str], show: bool) -> int:
 
             print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
             return 0
-        from cil.run import Run, open_folder, read_metrics
+        from cil.build import Run
+        from cil.folder import open_folder, read_metrics
 
         run = Run.build(config)
         finished = open_folder(config)
@@ -127,7 +128,8 @@ def _run(overrides: list[str], show: bool) -> int:
         return _refuse(error)
     except OSError as error:
         return _refuse(ValueError(f"{error.filename or ''}: {error.strerror or error}".lstrip(": ")))
-    from cil.engine import RunFailed
+    from cil.engine import Engine, RunFailed
+    from cil.events import EventLog
     from cil.report import write_report
 
     if finished:
@@ -135,7 +137,8 @@ def _run(overrides: list[str], show: bool) -> int:
     else:
         print(f"{config.name}: {run.tasks.describe()}")
         try:
-            run.go()
+            with EventLog(config.folder / "events.jsonl") as log:
+                Engine(run, log).run()
         except RunFailed as error:
             print(f"error: {error}", file=sys.stderr)
             return 1

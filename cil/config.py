@@ -4,7 +4,7 @@ import inspect
 import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 from pydantic_core import ErrorDetails
@@ -157,7 +157,7 @@ class Config(Section):
     evaluation: Evaluation = Evaluation()
 
     @model_validator(mode="after")
-    def _agree(self) -> Self:
+    def _agree(self) -> "Config":
         if self.evaluate_on == "validation" and not self.data.validation:
             raise ValueError("evaluate_on=validation needs images held out: set data.validation, for example to 0.1")
         return self
@@ -231,7 +231,9 @@ def _contradictions(config: Config) -> list[str]:
             f"network. Use learner={_nearest_with_teacher()}, or kd=none"
         )
     if learner.needs_memory and not config.memory.size:
-        found.append(f"learner={config.learner.name} replays exemplars and memory.size is 0: set it, or learner=finetune")
+        found.append(
+            f"learner={config.learner.name} replays exemplars and memory.size is 0: set it, or learner=finetune"
+        )
     finetunes = config.learner.parameters.get("finetune_epochs") not in (None, 0, [0])
     if config.memory.when == "after_finetuning" and not finetunes:
         found.append(f"memory.when=after_finetuning has no effect: learner={config.learner.name} does not fine-tune")
@@ -282,7 +284,11 @@ def _check_distiller(registry: Registry[Any], name: str, values: Mapping[str, An
 
 
 def _validated(
-    model: type[BaseModel], values: Mapping[str, Any], prefix: str, problems: list[str], known: set[str] = frozenset()  # type: ignore[assignment]
+    model: type[BaseModel],
+    values: Mapping[str, Any],
+    prefix: str,
+    problems: list[str],
+    known: set[str] = frozenset(),  # type: ignore[assignment]
 ) -> Any:
     try:
         return model.model_validate(dict(values))
@@ -329,7 +335,11 @@ def _path(model: type[BaseModel], location: tuple[int | str, ...]) -> tuple[int 
 
 
 def _inner_model(annotation: Any) -> Any:
-    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias) and issubclass(annotation, BaseModel):
+    if (
+        isinstance(annotation, type)
+        and not isinstance(annotation, types.GenericAlias)
+        and issubclass(annotation, BaseModel)
+    ):
         return annotation
     if get_origin(annotation) is not None:
         return next((inner for inner in map(_inner_model, get_args(annotation)) if inner is not None), None)

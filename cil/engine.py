@@ -1,5 +1,7 @@
 """The loop over stages, phases, epochs and batches; the only place that sums, logs and steps."""
 
+import os
+import platform
 import resource
 import sys
 import time
@@ -7,7 +9,6 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from cil import checkpoint
-from cil.config import Config
-from cil.data import DataSet, ImageSet, Transform, epoch_plan
-from cil.evaluation import Counts, Reader
+from cil.build import Run
+from cil.data import epoch_plan
+from cil.evaluation import Counts
 from cil.events import EventLog
-from cil.learners.base import Learner
-from cil.memory import ExemplarMemory
 from cil.metrics import AccuracyMatrix
 from cil.optim import learning_rates, make_optimizer, set_learning_rate
 from cil.precision import Precision
@@ -28,7 +27,6 @@ from cil.progress import Progress
 from cil.results import History, metrics
 from cil.seeding import SampleNoise, derive, sample_noise, seeded
 from cil.stages import Phase, Source, Stage
-from cil.tasks import TaskSequence
 from kd import Batch, Frozen
 
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes per unit of ru_maxrss
@@ -48,66 +46,30 @@ class Position:
     epoch: int = 0
 
 
-@dataclass(frozen=True)
-class Samples:
-    """The samples of a run, as ids into the data set's arrays.
-
-    Attributes:
-        images: Training images.
-        labels: Their labels in learned order; negative where the class or the image is not used for training.
-        eval_images: Images results are read on.
-        eval_labels: Likewise.
-        transform: Makes a network's input.
-        eval_split: "test" or "validation".
-    """
-
-    images: ImageSet
-    labels: Tensor
-    eval_images: ImageSet
-    eval_labels: Tensor
-    transform: Transform
-    eval_split: str
-
-
 class Engine:
     """Trains a learner on every stage in order, and writes the run folder.
 
     Args:
-        config: The checked config.
-        data: The data set.
-        tasks: Its division into tasks.
-        samples: Its samples, divided into training and evaluation.
-        learner: The method, without classes yet.
-        memory: The exemplar memory, empty.
-        precision: Number format and device of training.
-        reader: Evaluates.
+        run: The parts of the run.
         log: The events.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        data: DataSet,
-        tasks: TaskSequence,
-        samples: Samples,
-        learner: Learner,
-        memory: ExemplarMemory,
-        precision: Precision,
-        reader: Reader,
-        log: EventLog,
-    ) -> None:
-        self.config, self.data, self.tasks, self.samples = config, data, tasks, samples
-        self.learner, self.memory, self.precision, self.reader, self.log = learner, memory, precision, reader, log
-        self.folder: Path = config.folder
+    def __init__(self, run: Run, log: EventLog) -> None:
+        self.config, self.data, self.tasks, self.samples = run.config, run.data, run.tasks, run.samples
+        self.learner, self.memory, self.precision, self.reader = run.learner, run.memory, run.precision, run.reader
+        self.log = log
+        self.folder = run.config.folder
         self.position = Position()
         self.history = History()
         self.optimizer: torch.optim.Optimizer | None = None
-        self.scaler = precision.scaler()
+        self.scaler = run.precision.scaler()
         self.saved_optimizer: dict[str, Any] | None = None
         self.seconds: dict[str, float] = defaultdict(float)
-        labels = samples.eval_labels.numpy()
-        self.num_images = np.array([np.isin(labels, tasks.labels(task)).sum() for task in range(tasks.num_tasks)])
-        self.progress = Progress(total_images=0, num_stages=tasks.num_tasks)
+        labels = run.samples.eval_labels.numpy()
+        self.num_images = np.array(
+            [np.isin(labels, run.tasks.labels(task)).sum() for task in range(run.tasks.num_tasks)]
+        )
+        self.progress = Progress(total_images=0, num_stages=run.tasks.num_tasks)
 
     def run(self) -> AccuracyMatrix:
         """Train every stage; after each, evaluate on all classes seen so far.
@@ -116,9 +78,7 @@ class Engine:
         """
         self.restore()
         total = self.history.images + self.images_to_come()
-        self.progress = Progress(
-            total_images=total, num_stages=self.tasks.num_tasks, done_images=self.history.images
-        )
+        self.progress = Progress(total_images=total, num_stages=self.tasks.num_tasks, done_images=self.history.images)
         with self.progress:
             for index in range(self.position.stage, self.tasks.num_tasks):
                 stage = self.stage(index)
@@ -136,6 +96,10 @@ class Engine:
                 with seeded(self.config.seed, "end", index):
                     self.learner.end_stage(stage)
                 self.finish(stage)
+        report = self.report()
+        self.log.write(
+            "run_finished", wall_seconds=report["wall_seconds"], images_per_second=report["images_per_second"]
+        )
         return self.history.matrix(self.num_images)
 
     # Stages
@@ -196,11 +160,13 @@ class Engine:
             seconds=dict(self.seconds),
             peak_resident_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT,
         )
-        report = metrics(
-            self.config, self.data, self.tasks, history, self.num_images, round(self.log.elapsed_seconds, 3)
-        )
-        checkpoint.write_json(self.folder / "metrics.json", report)
+        checkpoint.write_json(self.folder / "metrics.json", self.report())
         self.progress.table(history.matrix(self.num_images), stage.index)
+
+    def report(self) -> dict[str, Any]:
+        """What `metrics.json` holds."""
+        seconds = round(self.log.elapsed_seconds, 3)
+        return metrics(self.config, self.data, self.tasks, self.history, self.num_images, seconds)
 
     # Training
 
@@ -243,14 +209,14 @@ class Engine:
             every = self.config.evaluation.every_epochs
             if every and (epoch + 1) % every == 0 and epoch + 1 < phase.recipe.epochs:
                 self.evaluate(stage, f"{phase.name} epoch {epoch + 1}")
+                self.set_trainable(phase)
+                self.progress.phase(phase.name, phase.recipe.epochs, steps)
         self.optimizer = None
         if any(later.source == "memory" for later in phases[number + 1 :]):
             counts = self.evaluate(stage, "before_finetuning")
             self.history.before_finetuning.append(counts.accuracy)
 
-    def train_epoch(
-        self, stage: Stage, number: int, phase: Phase, epoch: int, ids: Tensor, rates: list[float]
-    ) -> None:
+    def train_epoch(self, stage: Stage, number: int, phase: Phase, epoch: int, ids: Tensor, rates: list[float]) -> None:
         """One pass: augment, forward, sum, backward, step."""
         assert self.optimizer is not None
         start = time.perf_counter()
@@ -270,7 +236,9 @@ class Engine:
             for name, loss in losses.items():
                 sums[name] = sums.get(name, 0) + loss.detach()
             images += len(some)
-            shown = {name: float(loss.detach()) for name, loss in losses.items()} if self.progress.wants_losses() else None
+            shown = (
+                {name: float(loss.detach()) for name, loss in losses.items()} if self.progress.wants_losses() else None
+            )
             self.progress.step(epoch, step, shown, len(some))
         means = {name: float(value) / len(plan) for name, value in sums.items()}
         seconds = time.perf_counter() - start
@@ -330,16 +298,16 @@ class Engine:
         """The batches of an epoch: ids and views."""
         sampling = phase.recipe.sampling
         halved = sampling.emulate_missing_launcher
-        plan = epoch_plan(
+        return epoch_plan(
             ids,
             key=derive(self.key(stage, number, 0 if halved else epoch), "order"),
-            batch_size=phase.batch_size * (2 if halved else 1),
+            batch_size=phase.batch_size,
             shuffle=sampling.shuffle,
             views=sampling.views,
             round_to=sampling.round_to,
             drop_last=sampling.drop_last,
+            num_shares=2 if halved else 1,
         )
-        return [(some[::2], views[::2]) for some, views in plan] if halved else plan
 
     def key(self, stage: Stage, phase: int, epoch: int) -> int:
         """Where the random numbers of an epoch come from."""
@@ -451,7 +419,9 @@ class Engine:
             }
             for number, phase in enumerate(self.learner.phases(stage)):
                 here = index == self.position.stage and number <= self.position.phase
-                done = phase.recipe.epochs if here and number < self.position.phase else self.position.epoch if here else 0
+                done = (
+                    phase.recipe.epochs if here and number < self.position.phase else self.position.epoch if here else 0
+                )
                 round_to = phase.recipe.sampling.round_to
                 total += sizes[phase.source] // round_to * round_to * (phase.recipe.epochs - done)
         return total
@@ -466,9 +436,6 @@ class Engine:
 
 def machine(precision: Precision) -> dict[str, Any]:
     """Where a run takes place; for the diary, not for the results."""
-    import os
-    import platform
-
     return {
         "host": platform.node(),
         "num_cores": os.cpu_count(),

@@ -1,7 +1,7 @@
 """Optimisers and learning-rate schedules by name (timm's), and the recipe that ties them to batches and epochs."""
 
 from collections.abc import Sequence
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -46,7 +46,7 @@ class Schedule(BaseModel):
     legacy_shift: bool = False
 
     @model_validator(mode="after")
-    def _effects(self) -> Self:
+    def _effects(self) -> "Schedule":
         if self.legacy_shift and self.unit == "step":
             raise ValueError("legacy_shift is about epochs and has no effect with unit=step: set unit=epoch")
         return self
@@ -149,10 +149,12 @@ class Recipe(BaseModel):
     sampling: Sampling = Sampling()
 
     @model_validator(mode="after")
-    def _known_optimizer(self) -> Self:
+    def _known_optimizer(self) -> "Recipe":
         known = list_optimizers()
         if self.optimizer not in known:
-            raise ValueError(unknown("optimizer", self.optimizer, known).split(" Known:")[0] + " (see timm's optimisers)")
+            raise ValueError(
+                unknown("optimizer", self.optimizer, known).split(" Known:")[0] + " (see timm's optimisers)"
+            )
         return self
 
     @property

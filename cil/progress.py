@@ -51,6 +51,7 @@ class Progress:
         self.done_images = done_images
         self.console = console or Console(quiet=quiet)
         self._quiet = quiet
+        self._animated = self.console.is_terminal and not self.console.is_dumb_terminal
         self._clock = clock
         self._began, self._done_at_start = clock(), done_images
         self._losses_at = self._line_at = -float("inf")
@@ -62,7 +63,7 @@ class Progress:
     def __enter__(self) -> "Progress":
         self._began, self._done_at_start = self._clock(), self.done_images
         self._recent = deque([(self._began, self.done_images)])
-        if self.console.is_terminal and not self._quiet:
+        if self._animated and not self._quiet:
             self._live = Live(get_renderable=self._render, console=self.console, transient=True, refresh_per_second=4)
             self._live.start()
         return self
@@ -112,7 +113,7 @@ class Progress:
         if losses is not None:
             self._losses, self._losses_at = dict(losses), now
         ends_epoch = step == self._steps - 1
-        if ends_epoch and not self.console.is_terminal and now - self._line_at >= LINE_EVERY_SECONDS:
+        if ends_epoch and not self._animated and now - self._line_at >= LINE_EVERY_SECONDS:
             self._line_at = now
             self.say(f"{self._where()}  {self._how()}")
 
@@ -176,7 +177,7 @@ class Progress:
         return Group(first, Text(self._how(), no_wrap=True, overflow="ellipsis"))
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: int | float) -> str:
     """Hours, minutes and seconds, as "1:02:03" or "2:03"."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -1,8 +1,6 @@
 """Teachers: networks that answer and do not learn."""
 
 import copy
-from typing import Self
-
 import torch
 from torch import nn
 
@@ -23,7 +21,7 @@ class Frozen(nn.Module):
         self.network = network.requires_grad_(False)
         self.train(False)
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> "Frozen":
         """Stay in evaluation mode, whatever `mode` is."""
         return super().train(False)
 

@@ -6,7 +6,7 @@ from pydantic import Field
 from torch import Tensor
 
 from cil.learners.base import Learner, learners
-from cil.learners.dkt_losses import dkt_losses
+from cil.learners.dkt_losses import Reduction, dkt_losses
 from cil.models.dkt import DKTNetwork
 from cil.models.network import Network
 from cil.optim import Recipe, Schedule
@@ -30,6 +30,8 @@ class DKT(Learner):
         network: A `DKTNetwork`.
         distillation: The transfer from the network of the last task; None leaves the term out.
         base_weight: $w$; the release counts the base loss twice (R1).
+        base_reduction: `batchmean` sums BCE over the classes, so that it stands on the scale of a distillation term
+            that is a mean over the batch; `mean` divides it by them, which only balances a KD divided likewise (R2).
         separation: Coefficient of the cluster-separation loss; 0 leaves the term out.
         finetune_epochs: Epochs of balanced fine-tuning, one number or one per task from the second on, of which the
             last goes on (R9); 0 leaves it out.
@@ -55,6 +57,7 @@ class DKT(Learner):
         distillation: WeightedSum | None,
         *,
         base_weight: Annotated[float, Field(gt=0)] = 1.0,
+        base_reduction: Reduction = "batchmean",
         separation: Annotated[float, Field(ge=0)] = 0.003,
         finetune_epochs: Annotated[int, Field(ge=0)] | list[Annotated[int, Field(ge=0)]] = 10,
         finetune_lr: Annotated[float, Field(gt=0)] = 5e-5,
@@ -79,6 +82,7 @@ class DKT(Learner):
         self.network: DKTNetwork = network
         self.separation = ClusterSeparation(scale=separation) if separation else None
         self.base_weight = base_weight
+        self.base_reduction: Reduction = base_reduction
         self.finetune_epochs = finetune_epochs if isinstance(finetune_epochs, list) else [finetune_epochs]
         self.finetune_lr = finetune_lr
         self.finetune_batch_size = finetune_batch_size
@@ -142,4 +146,5 @@ class DKT(Learner):
             distillation=self.distillation,
             separation=self.separation,
             base_weight=self.base_weight,
+            base_reduction=self.base_reduction,
         )

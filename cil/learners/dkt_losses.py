@@ -1,5 +1,7 @@
 """The losses of DKT (Gao et al., CVPR 2023, pages 24236-24245) as a function of what student and teacher say."""
 
+from typing import Literal, get_args
+
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -9,10 +11,27 @@ from kd.feature.cluster_separation import ClusterSeparation
 from kd.precision import full_precision
 
 
-def binary_cross_entropy(logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]) -> Float[Tensor, ""]:
-    """Mean over batch and classes of the binary cross-entropy of each score against the one-hot label."""
+Reduction = Literal["batchmean", "mean"]
+
+
+def binary_cross_entropy(
+    logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"], reduction: Reduction = "mean"
+) -> Float[Tensor, ""]:
+    """Binary cross-entropy of each score against the one-hot label.
+
+    Args:
+        logits: Scores.
+        labels: Labels in learned order.
+        reduction: `mean` over batch and classes, or `batchmean`: summed over classes, mean over the batch.
+
+    Raises:
+        ValueError: If `reduction` is neither.
+    """
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"reduction must be one of {', '.join(get_args(Reduction))}, found {reduction!r}")
     logits = full_precision(logits)
-    return F.binary_cross_entropy_with_logits(logits, F.one_hot(labels, logits.shape[1]).to(logits))
+    loss = F.binary_cross_entropy_with_logits(logits, F.one_hot(labels, logits.shape[1]).to(logits))
+    return loss * logits.shape[1] if reduction == "batchmean" else loss
 
 
 def dkt_losses(
@@ -23,6 +42,7 @@ def dkt_losses(
     distillation: WeightedSum | None,
     separation: ClusterSeparation | None,
     base_weight: float,
+    base_reduction: Reduction = "mean",
 ) -> dict[str, Tensor]:
     """The weighted terms of a batch.
 
@@ -37,8 +57,9 @@ def dkt_losses(
         distillation: What to learn from the teacher; None leaves it out.
         separation: The cluster-separation loss; None leaves it out.
         base_weight: $w$: 1, or 2 for the release, which counts the base loss twice (R1).
+        base_reduction: How BCE is reduced, see `binary_cross_entropy`.
     """
-    bce = binary_cross_entropy(student.logits, batch.labels)
+    bce = binary_cross_entropy(student.logits, batch.labels, base_reduction)
     if teacher is None:
         return {"bce": bce}
     num_old, num_classes = teacher.logits.shape[1], student.logits.shape[1]

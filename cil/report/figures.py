@@ -17,6 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from cil.metrics import AccuracyMatrix
+from cil.report.comparison import Group
 from cil.report.folders import RunFolder
 
 INK, SOFT, LINE, PAPER = "#010203", "#010204", "#010205", "#010206"
@@ -26,6 +28,7 @@ _VARIABLES = {INK: "ink", SOFT: "soft", LINE: "line", PAPER: "paper"} | {
 }
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
+    "text.parse_math": False,
     "svg.hashsalt": "cil.report",
     "font.size": 10,
     "text.color": INK,
@@ -47,7 +50,7 @@ _STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.8,
     "lines.markersize": 4.5,
 }
-_WIDTH, _HEIGHT = 5.8, 3.5  # inches at 72 units: readable at the width of a phone and of half a screen
+_WIDTH, _HEIGHT = 5.0, 3.2  # inches of 72 units: readable at the width of a phone and of half a screen
 _LOG_ABOVE_RATIO = 30.0  # losses further apart than this need a logarithmic axis
 _MARK_EPOCHS_UP_TO = 60  # so few epochs are drawn as points too; a phase of one epoch is no line
 _MOST_LABELLED_TASKS = 12
@@ -59,7 +62,7 @@ def draw(name: str, paint: Callable[[Axes], None], height: float = _HEIGHT, titl
     Args:
         name: Makes the ids of this figure differ from those of the others.
         paint: Draws on the axes.
-        height: In inches, at a width of 5.8.
+        height: In inches, at a width of 5.
         title: Says what is to be seen, for readers who cannot see it.
     """
     with matplotlib.rc_context(_STYLE):
@@ -91,42 +94,64 @@ def accuracy_curve(run: RunFolder) -> str | None:
     }
 
     def paint(axes: Axes) -> None:
-        seen = [stage.started["labels"][1] + 1 for stage in stages]
+        seen = run.num_classes_seen[: len(stages)]
         for label, (values, colour, style) in lines.items():
             if any(value is not None for value in values):
                 axes.plot(seen, _percent(values), style, color=colour, label=label, **_weight(label == "all classes"))
         _accuracy_axis(axes, seen)
-        axes.legend(loc="lower left")
+        _legend_below(axes, columns=2)
 
     return draw("accuracy", paint, title="Accuracy over the classes seen so far, after each task")
 
 
-def accuracy_curves(groups: Sequence[tuple[str, Sequence[RunFolder]]]) -> str | None:
-    """Accuracy over all classes seen so far: the mean of each group, with a band of one standard deviation."""
-    groups = [(label, [run for run in runs if run.matrix is not None]) for label, runs in groups]
-    if not any(runs for _, runs in groups):
+def accuracy_curves(groups: Sequence[Group]) -> str | None:
+    """Accuracy over all classes seen so far of each group of runs."""
+    return _curves("curves", groups, AccuracyMatrix.accuracy_after, _accuracy_axis)
+
+
+def forgetting_curves(groups: Sequence[Group]) -> str | None:
+    """Forgetting after each task of each group of runs."""
+
+    def scale(axes: Axes, seen: Sequence[int]) -> None:
+        axes.set(xlabel="classes seen", ylabel="forgetting (points)")
+        if len(seen) <= _MOST_LABELLED_TASKS:
+            axes.set_xticks(list(seen))
+
+    return _curves("forgetting_curves", groups, AccuracyMatrix.forgetting_after, scale)
+
+
+def _curves(
+    name: str,
+    groups: Sequence[Group],
+    measure: Callable[[AccuracyMatrix], np.ndarray],
+    scale: Callable[[Axes, Sequence[int]], None],
+) -> str | None:
+    """A line a group: the mean of its runs, in a band of one standard deviation; dashed if none of them is finished."""
+    shown = [(group, [run for run in group.finished or group.runs if run.matrix is not None]) for group in groups]
+    if not any(runs for _, runs in shown):
         return None
 
     def paint(axes: Axes) -> None:
-        ticks: set[float] = set()
-        for number, (label, runs) in enumerate(groups):
-            colour, marker = PALETTE[number % len(PALETTE)], "os^vDPX*"[number % 8]
-            curves = [100 * run.matrix.accuracy_after() for run in runs if run.matrix is not None]
-            length = min(map(len, curves), default=0)
-            if not length:
+        ticks: set[int] = set()
+        for number, (group, runs) in enumerate(shown):
+            if not runs:
                 continue
-            seen = np.cumsum(runs[0].metrics.get("task_sizes", [1] * length))[:length]
+            curves = [100 * measure(run.matrix) for run in runs if run.matrix is not None]
+            length = min(map(len, curves))
             values = np.array([curve[:length] for curve in curves])
-            axes.plot(seen, values.mean(axis=0), f"{marker}-", color=colour, label=label)
+            mean = values.mean(axis=0)
+            seen = runs[0].num_classes_seen[:length]
+            colour, style = PALETTE[number % len(PALETTE)], f"{'os^vDPX*'[number % 8]}{'-' if group.finished else '--'}"
+            label = group.label if group.finished else f"{group.label} (not finished)"
+            axes.plot(seen, mean, style, color=colour, label=label)
             if len(curves) > 1:
                 spread = values.std(axis=0, ddof=1)
-                mean = values.mean(axis=0)
                 axes.fill_between(seen, mean - spread, mean + spread, color=colour, alpha=0.18, linewidth=0)
-            ticks |= set(seen.tolist())
-        _accuracy_axis(axes, sorted(ticks))
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16))
+            ticks.update(seen)
+        scale(axes, sorted(ticks))
+        _legend_below(axes, columns=1)
 
-    return draw("curves", paint, height=_HEIGHT + 0.2 * len(groups), title="Accuracy curves of all runs")
+    return draw(name, paint, height=_HEIGHT + 0.2 * len(groups), title=f"{name} of all runs".replace("_", " "))
 
 
 def heat_map(run: RunFolder) -> str | None:
@@ -137,7 +162,7 @@ def heat_map(run: RunFolder) -> str | None:
     num_tasks = len(values)
 
     def paint(axes: Axes) -> None:
-        size = min(9.5, 10 * 10 / num_tasks)
+        size = min(9.5, 120 / num_tasks)  # a number has to fit into a cell
         for (stage, task), value in np.ndenumerate(values):
             if math.isnan(value):
                 continue
@@ -155,7 +180,7 @@ def heat_map(run: RunFolder) -> str | None:
         axes.tick_params(length=0)
         axes.grid(visible=False)
 
-    return draw("matrix", paint, height=max(1.4, min(5.0, 0.8 + 0.42 * num_tasks)), title="Accuracy matrix")
+    return draw("matrix", paint, _height_for(num_tasks), title="Accuracy matrix")
 
 
 def losses(run: RunFolder) -> str | None:
@@ -187,10 +212,11 @@ def forgetting(run: RunFolder) -> str | None:
     def paint(axes: Axes) -> None:
         bars = axes.bar(np.arange(1, len(lost) + 1), lost, color=PALETTE[1], width=0.62)
         if len(lost) <= _MOST_LABELLED_TASKS:
-            axes.bar_label(bars, fmt="%.1f", color=SOFT, fontsize=9, padding=2)
-        axes.axhline(mean, color=INK, linewidth=1.2, linestyle="--", label=f"mean {mean:.1f}")
+            behind = {"facecolor": PAPER, "edgecolor": "none", "pad": 1}  # keeps the mean from crossing the numbers
+            axes.bar_label(bars, fmt="%.1f", color=INK, fontsize=9, padding=3, bbox=behind)
+        axes.axhline(mean, color=INK, linewidth=1.2, linestyle="--", label=f"mean {mean:.1f}", zorder=1.5)
         axes.axhline(0, color=LINE, linewidth=1)
-        axes.set(xlabel="task", ylabel="forgetting (points)")
+        axes.set(xlabel="task", ylabel="forgetting (points)", xlim=(0.4, len(lost) + 0.6))
         axes.xaxis.set_major_locator(MaxNLocator(nbins=_MOST_LABELLED_TASKS, integer=True, min_n_ticks=1))
         axes.margins(y=0.12)
         axes.legend(loc="upper right", bbox_to_anchor=(1, 1.14))
@@ -201,7 +227,9 @@ def forgetting(run: RunFolder) -> str | None:
 def time_per_part(run: RunFolder) -> str | None:
     """Seconds of each part, stage by stage."""
     stages = [stage for stage in run.stages if stage.seconds]
-    parts = list(dict.fromkeys(part for stage in stages for part in stage.seconds))
+    phases = [event["phase"] for event in run.of_kind("phase_started")]
+    measured = [part for stage in stages for part in stage.seconds]
+    parts = list(dict.fromkeys([phase for phase in phases if phase in measured] + measured))  # training first
     if not parts:
         return None
 
@@ -213,22 +241,21 @@ def time_per_part(run: RunFolder) -> str | None:
             colour = PALETTE[number % len(PALETTE)]
             axes.barh(where, seconds, left=left, color=colour, height=0.66, label=part.replace("_", " "))
             left += seconds
-        axes.set(xlabel="seconds", ylabel="task")
-        axes.invert_yaxis()
+        axes.set(xlabel="seconds", ylabel="task", ylim=(where[-1] + 0.5, where[0] - 0.5))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=_MOST_LABELLED_TASKS, integer=True, min_n_ticks=1))
         axes.grid(visible=False, axis="y")
         axes.grid(visible=True, axis="x")
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
 
-    rows = -(-len(parts) // 3)
-    height = min(6.0, 1.1 + 0.2 * rows + 0.36 * len(stages))
-    return draw("time", paint, height=max(height, 1.9), title="Time per part of each task")
+    height = _height_for(len(stages))
+    return draw("time", paint, height, title="Time per part of each task")
 
 
 def _over_epochs(axes: Axes, epochs: Sequence[dict[str, object]], lines: dict[str, "np.ndarray"], ylabel: str) -> None:
     """Lines over all epochs of a run, broken and marked where a phase (dotted) or a stage (with its task) begins."""
     places = [(epoch["stage"], epoch["phase_index"]) for epoch in epochs]
     starts = [0, *[index for index in range(1, len(places)) if places[index] != places[index - 1]]]
+    labelled = len({stage for stage, _ in places}) <= _MOST_LABELLED_TASKS
     marker = "." if len(epochs) <= _MARK_EPOCHS_UP_TO else ""
     number = np.arange(1, len(epochs) + 1, dtype=float)
     for line, (label, values) in enumerate(lines.items()):
@@ -240,7 +267,7 @@ def _over_epochs(axes: Axes, epochs: Sequence[dict[str, object]], lines: dict[st
         new_stage = start == 0 or places[start][0] != places[start - 1][0]
         if start:
             axes.axvline(start + 0.5, color=SOFT, linewidth=0.8, linestyle="-" if new_stage else ":", alpha=0.7)
-        if new_stage and len({stage for stage, _ in places}) <= _MOST_LABELLED_TASKS:
+        if new_stage and labelled:
             axes.text(
                 start + 0.5,
                 1.01,
@@ -252,16 +279,34 @@ def _over_epochs(axes: Axes, epochs: Sequence[dict[str, object]], lines: dict[st
     finite = np.concatenate([values[np.isfinite(values)] for values in lines.values()])
     if finite.size and finite.min() > 0 and finite.max() / finite.min() > _LOG_ABOVE_RATIO:
         axes.set_yscale("log")
-    axes.set(xlabel="epoch of the run (top: task)", ylabel=ylabel, xlim=(0.5, len(epochs) + 0.5))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set(
+        xlabel="epoch of the run (top: task)" if labelled else "epoch of the run",
+        ylabel=ylabel,
+        xlim=(0.5, len(epochs) + 0.5),
+    )
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
-    if len(lines) > 1:
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=min(3, len(lines)))
+    if list(lines) != [ylabel]:
+        _legend_below(axes, columns=min(3, len(lines)))
 
 
-def _accuracy_axis(axes: Axes, seen: Sequence[float]) -> None:
-    axes.set(xlabel="classes seen", ylabel="accuracy (%)", ylim=(0, 102))
+def _accuracy_axis(axes: Axes, seen: Sequence[int]) -> None:
+    step = 10
+    lowest = step * math.floor(axes.dataLim.y0 / step) if math.isfinite(axes.dataLim.y0) else 0
+    axes.set(xlabel="classes seen", ylabel="accuracy (%)", ylim=(max(0, lowest), 102))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, steps=[1, 2, 5, 10]))
     if len(seen) <= _MOST_LABELLED_TASKS:
         axes.set_xticks(list(seen))
+
+
+def _legend_below(axes: Axes, columns: int) -> None:
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns)
+
+
+def _height_for(rows: int) -> float:
+    """Inches for a figure with a row for each stage."""
+    per_row, most = 0.32, 5.5
+    return min(max(_HEIGHT, 0.9 + per_row * rows), most)
 
 
 def _weight(main: bool) -> dict[str, Any]:

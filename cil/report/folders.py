@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from cil.events import read_events
@@ -128,6 +129,11 @@ class RunFolder:
         square = [[*row, *[math.nan] * (len(rows) - len(row))] for row in rows]
         return AccuracyMatrix.from_fractions(square, num_images)
 
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """The numbers derived from the matrix, under their names in `metrics.json`; empty before the first stage."""
+        return self.matrix.summary() if self.matrix else {}
+
     @property
     def num_finished(self) -> int:
         """Stages that were evaluated at their end."""
@@ -140,18 +146,24 @@ class RunFolder:
         return None if sizes is None else len(sizes)
 
     @property
+    def num_classes_seen(self) -> list[int]:
+        """Classes known after each task of which something is known."""
+        sizes = self.metrics.get("task_sizes") or [len(stage.class_names) for stage in self.stages]
+        return [int(seen) for seen in np.cumsum(sizes)]
+
+    @property
     def finished(self) -> bool:
         """Whether every task was learned."""
         return self.num_tasks is not None and self.num_finished == self.num_tasks
 
     @property
-    def wall_seconds(self) -> float | None:
+    def wall_seconds(self) -> int | float | None:
         """Time of the run so far, resumes included."""
         last = self.events[-1]["elapsed_seconds"] if self.events else None
         return self.metrics.get("wall_seconds", last) if self.finished else last
 
     @property
-    def images_per_second(self) -> float | None:
+    def images_per_second(self) -> int | float | None:
         """Training images a second, over all epochs."""
         epochs = self.of_kind("epoch")
         seconds = sum(epoch["seconds"] for epoch in epochs)

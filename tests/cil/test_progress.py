@@ -144,6 +144,16 @@ def test_quiet_shows_nothing_and_never_waits_for_the_device(capsys: pytest.Captu
     assert capsys.readouterr() == ("", "")
 
 
+def test_a_terminal_that_cannot_draw_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    progress, clock, out = terminal()
+    with progress:
+        progress.phase("training", epochs=1, steps=5)
+        run_epochs(progress, clock, epochs=1)
+    assert out.getvalue().startswith("task 1/12  training  epoch 1/1")
+    assert out.getvalue().count("\n") == 1
+
+
 def terminal(width: int = WIDTH) -> tuple[Progress, Clock, io.StringIO]:
     clock, out = Clock(), io.StringIO()
     console = Console(file=out, width=width, force_terminal=True, color_system=None)

@@ -175,6 +175,12 @@ def write_evaluation(log: EventLog, stage: int, when: str, per_task: list[float]
     )
 
 
+@pytest.fixture(name="write_run", scope="session")
+def write_run_anywhere() -> Callable[..., Path]:
+    """`write_run(folder, ...)` for fixtures of a wider scope."""
+    return write_run
+
+
 @pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., Path]:
     """`make_run(name, ...)` writes a run folder below a folder of runs of its own."""

@@ -1,0 +1,105 @@
+"""The run folder: made once, never overwritten, and only continued by the config that it was made with."""
+
+import importlib.metadata
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cil import checkpoint
+from cil.config import Config, ConfigError
+
+#: Keys that may differ between the config of a run folder and the one it is asked to go on with.
+_PLACE = {"name", "runs_dir", "overwrite", "experiment", "data.root", "data.download"}
+_PACKAGES = ("torch", "torchvision", "timm", "einops", "numpy", "scikit-learn", "pydantic", "hydra-core")
+
+
+def open_folder(config: Config) -> bool:
+    """Make the run folder, or check that the one that exists belongs to the same config.
+
+    With `overwrite=true` an existing folder is moved aside to the first free `<name>.old-N`.
+
+    Returns:
+        Whether the run in it is finished already.
+
+    Raises:
+        ConfigError: If the folder holds a run of another config, or something else.
+    """
+    folder = config.folder
+    if folder.exists() and config.overwrite:
+        number = 1
+        while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
+            number += 1
+        os.replace(folder, aside)
+    path = folder / "config.yaml"
+    tree = config.model_dump(mode="json")
+    if path.exists():
+        found = _flat(read_yaml(path).get("config", {}))
+        wanted = _flat(tree)
+        keys = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
+        keys = [key for key in keys if key not in _PLACE]
+        if keys:
+            shown = [f"  {key}: {found.get(key)!r} there, {wanted.get(key)!r} here" for key in keys[:6]]
+            more = [f"  and {len(keys) - 6} more keys"] if len(keys) > 6 else []
+            raise ConfigError(
+                [f"{folder} holds a run of another config. Choose another name=, or overwrite=true to move it aside."]
+                + shown
+                + more
+            )
+        metrics = folder / "metrics.json"
+        return metrics.exists() and bool(read_metrics(folder)["finished"])
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(
+            [f"{folder} exists and holds no run (no config.yaml): choose another name=, or overwrite=true to move it"]
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    versions = {package: importlib.metadata.version(package) for package in _PACKAGES}
+    text = yaml.safe_dump({"config": tree, "versions": versions, "git": git_state()}, sort_keys=False)
+    checkpoint.write_atomically(path, lambda file: file.write(text.encode()))
+    return False
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """The content of `metrics.json`."""
+    metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
+    return metrics
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit and cleanness of the source tree; None if it is no checkout."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout
+
+    try:
+        return {"commit": git("rev-parse", "HEAD").strip(), "dirty": bool(git("status", "--porcelain").strip())}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping.
+
+    Raises:
+        ConfigError: If it cannot be read, or holds something else.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError([f"{path}: cannot be read ({str(error).splitlines()[0]})"]) from error
+    if not isinstance(tree, dict):
+        raise ConfigError([f"{path}: found no mapping of keys"])
+    return tree
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix.removesuffix("."): tree}
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.")
+    return flat

@@ -1,0 +1,261 @@
+"""The network of DyTox: Transformers for Continual Learning with Dynamic Token Expansion (Douillard et al., CVPR 2022,
+arXiv:2111.11326), on the encoder of ConViT (d'Ascoli et al., ICML 2021, arXiv:2103.10697).
+
+A ConViT encoder turns an image into patch tokens; for each task token apart, a decoder of class-attention blocks reads
+the patches, and a classifier of that task alone reads the answer.
+
+Shapes in the names of axes: b batch, n patches, d width.
+"""
+
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from cil.models.heads import Classifier
+from cil.models.network import InputShape, Network, models
+from cil.models.noise import DropPath
+from kd import Outputs
+
+Tokens = Float[Tensor, "batch tokens width"]
+
+_TOKEN_STD = 0.02  # of tokens, positions and linear weights at the start, as in ViT
+
+
+def relative_positions(rows: int, columns: int) -> Float[Tensor, "patches patches 3"]:
+    """(dx, dy, dx^2 + dy^2) from every query patch to every key patch, x along a row."""
+    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    place = torch.stack([x.flatten(), y.flatten()], dim=1).float()
+    offset = place[None, :, :] - place[:, None, :]
+    return torch.cat([offset, offset.square().sum(dim=2, keepdim=True)], dim=2)
+
+
+class GPSA(nn.Module):
+    """Gated positional self-attention: each head blends attention by content with attention by relative position.
+
+    $A = (1 - \\sigma(g))\\,\\mathrm{softmax}(q k^T / \\sqrt{d}) + \\sigma(g)\\,\\mathrm{softmax}(W \\delta + b)$, rows
+    normalised to 1, with $\\delta$ from `relative_positions`.
+
+    Args:
+        width: Width of a token.
+        num_heads: Number of heads.
+        locality: How sharply the heads look at one neighbour each at the start ($\\alpha$ of the paper).
+    """
+
+    def __init__(self, width: int, num_heads: int, locality: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qk = nn.Linear(width, 2 * width, bias=False)
+        self.v = nn.Linear(width, width, bias=False)
+        self.proj = nn.Linear(width, width)
+        self.position = nn.Linear(3, num_heads)
+        self.gate = nn.Parameter(torch.ones(num_heads))
+        self._look_around(locality)
+
+    @torch.no_grad()
+    def _look_around(self, locality: float) -> None:
+        """Start as a convolution: head (i, j) of a square of heads attends to the neighbour (i, j) of a patch.
+
+        $W \\delta = -\\alpha (|\\delta|^2 - 2\\, \\delta \\cdot \\Delta_h)$ peaks at $\\delta = \\Delta_h$ (ConViT).
+        """
+        nn.init.eye_(self.v.weight)
+        side = int(self.num_heads**0.5)  # heads beyond the square keep torch's initialisation
+        for head in range(side**2):
+            dy, dx = head // side - side // 2, head % side - side // 2
+            self.position.weight[head] = locality * torch.tensor([2.0 * dx, 2.0 * dy, -1.0])
+
+    def forward(self, x: Tokens, positions: Float[Tensor, "tokens tokens 3"]) -> Tokens:
+        """Normalised tokens in, their update out."""
+        q, k = rearrange(self.qk(x), "b n (two head d) -> two b head n d", two=2, head=self.num_heads)
+        v = rearrange(self.v(x), "b n (head d) -> b head n d", head=self.num_heads)
+        by_content = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
+        by_place = rearrange(self.position(positions), "q k head -> 1 head q k").softmax(dim=-1)
+        gate = rearrange(self.gate, "head -> 1 head 1 1").sigmoid()
+        attention = (1 - gate) * by_content + gate * by_place
+        attention = (attention / attention.sum(dim=-1, keepdim=True)).to(v.dtype)
+        update: Tensor = self.proj(rearrange(attention @ v, "b head n d -> b n (head d)"))
+        return update
+
+
+class ClassAttention(nn.Module):
+    """The first token, alone, attends to all tokens.
+
+    Args:
+        width: Width of a token.
+        num_heads: Number of heads.
+    """
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.k, self.v = (nn.Linear(width, width, bias=False) for _ in range(3))
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tokens) -> Float[Tensor, "batch 1 width"]:
+        """Normalised tokens in, the update of the first one out."""
+        split = "b n (head d) -> b head n d"
+        q = rearrange(self.q(x[:, :1]), split, head=self.num_heads)
+        k = rearrange(self.k(x), split, head=self.num_heads)
+        v = rearrange(self.v(x), split, head=self.num_heads)
+        update: Tensor = self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b head n d -> b n (head d)"))
+        return update
+
+
+class MLP(nn.Module):
+    """Linear, GELU, linear.
+
+    Args:
+        width: Width of a token.
+        hidden: Width in between.
+    """
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tokens) -> Tokens:
+        """Tokens in, tokens out."""
+        update: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return update
+
+
+class EncoderBlock(nn.Module):
+    """GPSA, then the MLP, both residual.
+
+    Args:
+        attention: The attention of the block.
+        width, hidden: Width of a token and inside the MLP.
+        drop_path: Rate of stochastic depth.
+        name: What the block draws its stochastic depth as.
+    """
+
+    def __init__(self, attention: GPSA, width: int, hidden: int, drop_path: float, name: str) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attention = attention
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = MLP(width, hidden)
+        self.drop_attention = DropPath(drop_path, f"{name}.attention")
+        self.drop_mlp = DropPath(drop_path, f"{name}.mlp")
+
+    def forward(self, x: Tokens, positions: Float[Tensor, "tokens tokens 3"]) -> Tokens:
+        """Patches in, patches out."""
+        x = x + self.drop_attention(self.attention(self.norm1(x), positions))
+        updated: Tensor = x + self.drop_mlp(self.mlp(self.norm2(x)))
+        return updated
+
+
+class DecoderBlock(nn.Module):
+    """Class attention of a task token to itself and the patches, then the MLP, both residual.
+
+    Args:
+        width, num_heads, hidden: Width of a token, heads of the attention, width inside the MLP.
+    """
+
+    def __init__(self, width: int, num_heads: int, hidden: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attention = ClassAttention(width, num_heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = MLP(width, hidden)
+
+    def forward(
+        self, token: Float[Tensor, "batch 1 width"], patches: Float[Tensor, "batch patches width"]
+    ) -> Float[Tensor, "batch 1 width"]:
+        """The token after asking the patches."""
+        token = token + self.attention(self.norm1(torch.cat([token, patches], dim=1)))
+        updated: Tensor = token + self.mlp(self.norm2(token))
+        return updated
+
+
+@models.register("dytox")
+class DyToxNetwork(Network):
+    """A ConViT encoder, a decoder run once per task token, and one classifier per task.
+
+    `Outputs.embedding` is the answer to the newest token; `Outputs.taps` holds the answers to all of them
+    (`task_embeddings` `[tasks, batch, width]`) and from the second task on the scores of the divergence head
+    (`divergence` `[batch, 1 + new classes]`: "old", then each class of the newest task).
+
+    Args:
+        input_shape: Channels, height and width of an image.
+        width: Width of a token and of the embedding.
+        num_heads: Heads of every attention.
+        depth: Encoder blocks.
+        decoder_depth: Decoder blocks.
+        patch_size: Side of a patch.
+        mlp_ratio: Width inside the MLP, as a multiple of `width`.
+        drop_path: Stochastic depth; block i of the encoder drops at `drop_path * i / depth`, the decoder never.
+        locality: See `GPSA`.
+
+    Raises:
+        ValueError: If `width` is no multiple of `num_heads`, or no whole patches can be cut.
+    """
+
+    def __init__(
+        self,
+        input_shape: InputShape,
+        *,
+        width: Annotated[int, Field(gt=0)] = 384,
+        num_heads: Annotated[int, Field(gt=0)] = 12,
+        depth: Annotated[int, Field(gt=0)] = 5,
+        decoder_depth: Annotated[int, Field(gt=0)] = 1,
+        patch_size: Annotated[int, Field(gt=0)] = 4,
+        mlp_ratio: Annotated[int, Field(gt=0)] = 4,
+        drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.1,
+        locality: Annotated[float, Field(ge=0)] = 1.0,
+    ) -> None:
+        super().__init__(input_shape, width)
+        channels, height, image_width = input_shape
+        if width % num_heads:
+            raise ValueError(f"width must be a multiple of num_heads, found width={width} and num_heads={num_heads}")
+        if height % patch_size or image_width % patch_size:
+            raise ValueError(
+                f"both sides of an image must be multiples of patch_size={patch_size}, found {height}x{image_width}"
+            )
+        rows, columns, hidden = height // patch_size, image_width // patch_size, mlp_ratio * width
+        self.patch_embedding = nn.Conv2d(channels, width, patch_size, stride=patch_size)
+        self.position = nn.Parameter(torch.zeros(1, rows * columns, width))
+        self.encoder = nn.ModuleList(
+            EncoderBlock(GPSA(width, num_heads, locality), width, hidden, drop_path * i / depth, f"block{i}")
+            for i in range(depth)
+        )
+        self.decoder = nn.ModuleList(DecoderBlock(width, num_heads, hidden) for _ in range(decoder_depth))
+        self.task_tokens = nn.ParameterList()
+        self.heads = nn.ModuleList()
+        self.divergence: Classifier | None = None
+        self.register_buffer("positions", relative_positions(rows, columns), persistent=False)
+        nn.init.trunc_normal_(self.position, std=_TOKEN_STD)
+
+    def _grow(self, num_new: int) -> None:
+        token = nn.init.trunc_normal_(torch.empty(1, 1, self.embedding_width), std=_TOKEN_STD)
+        self.task_tokens.append(nn.Parameter(token.to(self.position)))
+        self.heads.append(self._classifier(num_new))
+        if self.num_tasks > 0:
+            self.divergence = self._classifier(1 + num_new)
+
+    def _classifier(self, num_classes: int) -> Classifier:
+        classifier = Classifier(self.embedding_width)
+        classifier.head.grow(num_classes)
+        return classifier.to(self.position)
+
+    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Outputs:
+        """Scores of all classes so far; see the class for the taps."""
+        patches = rearrange(self.patch_embedding(images), "b d h w -> b (h w) d") + self.position
+        for block in self.encoder:
+            patches = block(patches, self.positions)
+        answers = []
+        for task_token in self.task_tokens:
+            token = repeat(task_token, "1 1 d -> b 1 d", b=len(images))
+            for block in self.decoder:
+                token = block(token, patches)
+            answers.append(rearrange(token, "b 1 d -> b d"))
+        logits = torch.cat([head(answer) for head, answer in zip(self.heads, answers, strict=True)], dim=1)
+        taps = {"task_embeddings": torch.stack(answers)}
+        if self.divergence is not None:
+            taps["divergence"] = self.divergence(answers[-1])
+        return Outputs(logits, embedding=answers[-1], taps=taps)

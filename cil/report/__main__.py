@@ -1,0 +1,31 @@
+"""`python -m cil.report RUN_OR_FOLDER... [-o report.html]`: a page about one run, or a comparison of several."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cil.report import find_runs, write_comparison, write_report
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the page and print where it is; 2 and one message if the input is no good."""
+    parser = argparse.ArgumentParser(prog="python -m cil.report", description=__doc__)
+    parser.add_argument("paths", nargs="+", type=Path, metavar="RUN_OR_FOLDER", help="run folders, or folders of them")
+    parser.add_argument("-o", "--output", type=Path, help="default: report.html in the (first) folder given")
+    chosen = parser.parse_args(arguments)
+    try:
+        runs = find_runs(chosen.paths)
+        if len(runs) == 1:
+            page = write_report(runs[0], chosen.output)
+        else:
+            page = write_comparison(runs, chosen.output or chosen.paths[0] / "report.html")
+    except (ValueError, OSError) as error:
+        print(f"cil.report: {error}", file=sys.stderr)
+        return 2
+    print(page)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
