@@ -10,7 +10,7 @@ demo: $(INSTALLED)
 	$(BIN)/python train_incremental.py experiment=demo
 
 test: $(INSTALLED)
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -n 2 -m "not slow"
 
 soak: $(INSTALLED)
 	$(BIN)/pytest -m slow

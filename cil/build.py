@@ -61,7 +61,7 @@ def make_tasks(config: Config, data: DataSet) -> TaskSequence:
     tasks = task_sequence(len(data.class_names), **scenario, seed=config.scenario.order_seed)
     if config.memory.budget != "per_class" and 0 < config.memory.size < tasks.num_classes:
         raise ValueError(
-            f"memory.size={config.memory.size} has no room for one exemplar of each of the {tasks.num_classes} classes: "
+            f"memory.size={config.memory.size} has no room for an exemplar of each of the {tasks.num_classes} classes: "
             f"set it to {tasks.num_classes} or more, or to 0 for no memory"
         )
     return tasks

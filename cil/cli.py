@@ -70,16 +70,16 @@ def compose(overrides: list[str], config_name: str = "train_incremental") -> dic
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
             composed = hydra_compose(config_name, prepared, return_hydra_config=True)
-        choices = dict(composed.hydra.runtime.choices)
-        own = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
-        tree = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
+        chosen = dict(composed.hydra.runtime.choices)
+        own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+        tree: Any = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError([line for line in str(error).splitlines() if line.strip()][: MAX_LINES - 1]) from error
     assert isinstance(tree, dict)
-    plain: dict[str, Any] = {str(key): value for key, value in tree.items()}
-    plain["experiment"] = choices.get("experiment")
+    plain = {str(key): value for key, value in tree.items()}
+    plain["experiment"] = chosen.get("experiment")
     if plain.get("name") is None:
-        plain["name"] = default_name(plain, choices)
+        plain["name"] = default_name(plain, chosen)
     return plain
 
 
@@ -139,7 +139,9 @@ def _run(overrides: list[str], show: bool) -> int:
         try:
             with EventLog(config.folder / "events.jsonl") as log:
                 Engine(run, log).run()
-        except RunFailed as error:
+        except ValueError as error:  # what a person can fix and only shows now: a damaged checkpoint, too few samples
+            return _refuse(error)
+        except (RunFailed, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
     report = write_report(config.folder)

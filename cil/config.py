@@ -3,6 +3,7 @@
 import inspect
 import types
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -179,7 +180,7 @@ def schema(entry: type) -> type[BaseModel]:
 
 
 def check(tree: Mapping[str, Any]) -> Config:
-    """Check a composed tree.
+    """Check a composed tree; the values of the parts come out in the types that their constructors declare.
 
     Raises:
         ConfigError: With every problem found: unknown keys with the nearest known one, wrong types, values out of
@@ -192,23 +193,27 @@ def check(tree: Mapping[str, Any]) -> Config:
     from kd import distillers
 
     problems: list[str] = []
-    config = _validated(Config, tree, "", problems)
+    config: Config | None = _validated(Config, tree, "", problems)
     parts: list[tuple[str, Registry[Any]]] = [("data", data_sets), ("learner", learners), ("model", models)]
+    typed: dict[str, dict[str, Any]] = {}
     for key, registry in parts:
         part = tree.get(key)
         if isinstance(part, Mapping) and isinstance(part.get("name"), str):
             own = {"name"} | (set(Data.model_fields) if key == "data" else set())
             values = {name: value for name, value in part.items() if name not in own}
-            _check_part(registry, part["name"], values, key, problems, known=own)
+            typed[key] = _check_part(registry, part["name"], values, key, problems, known=own) or {}
     data = tree.get("data")
     augment = data.get("augment") if isinstance(data, Mapping) else None
+    typed_augment: dict[str, dict[str, Any] | None] = {}
     for name, values in augment.items() if isinstance(augment, Mapping) else ():
         if values is None or isinstance(values, Mapping):
-            _check_part(augmentations, str(name), dict(values or {}), f"data.augment.{name}", problems)
+            found = _check_part(augmentations, str(name), dict(values or {}), f"data.augment.{name}", problems)
+            typed_augment[str(name)] = None if values is None else found
     kd = tree.get("kd")
+    typed_kd: dict[str, dict[str, Any]] = {}
     for name, values in kd.items() if isinstance(kd, Mapping) else ():
         if isinstance(values, Mapping):
-            _check_distiller(distillers, str(name), values, problems)
+            typed_kd[str(name)] = _check_distiller(distillers, str(name), values, problems)
     memory = tree.get("memory")
     if isinstance(memory, Mapping) and isinstance(rule := memory.get("selection", "herding"), str):
         _known(selection_rules, rule, "memory.selection", problems)
@@ -216,7 +221,14 @@ def check(tree: Mapping[str, Any]) -> Config:
         problems += _contradictions(config)
     if problems or config is None:
         raise ConfigError(problems)
-    return config
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update=typed["data"] | {"augment": typed_augment}),
+            "learner": config.learner.model_copy(update=typed["learner"]),
+            "model": config.model.model_copy(update=typed["model"]),
+            "kd": typed_kd,
+        }
+    )
 
 
 def _contradictions(config: Config) -> list[str]:
@@ -259,16 +271,19 @@ def _check_part(
     values: Mapping[str, Any],
     key: str,
     problems: list[str],
-    known: set[str] = frozenset(),  # type: ignore[assignment]
-) -> bool:
+    known: AbstractSet[str] = frozenset(),
+) -> dict[str, Any] | None:
+    """The values in their declared types; None if there is a problem with them."""
     where = key if key.startswith("data.augment") else f"{key}.name"
-    return (
-        _known(registry, name, where, problems)
-        and _validated(schema(registry[name]), values, f"{key}.", problems, known) is not None
-    )
+    if not _known(registry, name, where, problems):
+        return None
+    checked: BaseModel | None = _validated(schema(registry[name]), values, f"{key}.", problems, known)
+    return None if checked is None else checked.model_dump(exclude_unset=True)
 
 
-def _check_distiller(registry: Registry[Any], name: str, values: Mapping[str, Any], problems: list[str]) -> None:
+def _check_distiller(
+    registry: Registry[Any], name: str, values: Mapping[str, Any], problems: list[str]
+) -> dict[str, Any]:
     method = values.get("method", name)
     rest = {key: value for key, value in values.items() if key not in ("method", "weight")}
     weight = values.get("weight", 1.0)
@@ -276,11 +291,15 @@ def _check_distiller(registry: Registry[Any], name: str, values: Mapping[str, An
         problems.append(f"kd.{name}.weight: must be a number of 0 or more, found {weight!r}")
     if not isinstance(method, str):
         problems.append(f"kd.{name}.method: must be a name, found {method!r}")
-    elif _check_part(registry, method, rest, f"kd.{name}", problems, known={"method", "weight"}):
-        try:
-            registry[method](**rest)  # ranges are the constructor's own, since `kd` knows no config
-        except ValueError as error:
-            problems.append(f"kd.{name}: {error}")
+        return {}
+    typed = _check_part(registry, method, rest, f"kd.{name}", problems, known={"method", "weight"})
+    if typed is None:
+        return {}
+    try:
+        registry[method](**typed)  # ranges are the constructor's own, since `kd` knows no config
+    except ValueError as error:
+        problems.append(f"kd.{name}: {error}")
+    return dict(values) | typed
 
 
 def _validated(
@@ -288,7 +307,7 @@ def _validated(
     values: Mapping[str, Any],
     prefix: str,
     problems: list[str],
-    known: set[str] = frozenset(),  # type: ignore[assignment]
+    known: AbstractSet[str] = frozenset(),
 ) -> Any:
     try:
         return model.model_validate(dict(values))
@@ -302,7 +321,7 @@ def _validated(
         return None
 
 
-def _sentence(model: type[BaseModel], detail: ErrorDetails, prefix: str, known: set[str]) -> str:
+def _sentence(model: type[BaseModel], detail: ErrorDetails, prefix: str, known: AbstractSet[str]) -> str:
     path = _path(model, detail["loc"])
     key = prefix + ".".join(str(part) for part in path)
     if detail["type"] == "extra_forbidden":

@@ -188,7 +188,13 @@ def load_release(path: str | Path) -> dict[str, Tensor]:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"there is no file {path}") from None
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
+    except pickle.UnpicklingError as error:  # its text recommends the unsafe way
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it wants to run {code[1]}, and nothing in a checkpoint is run" if code else "it cannot be unpickled"
+        raise ValueError(f"{path} is no checkpoint of the release: {reason}") from None
+    except EOFError:
+        raise ValueError(f"{path} is no checkpoint of the release: it ends too early") from None
+    except (OSError, RuntimeError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is no checkpoint of the release: {_first(error)}") from None
     state = checkpoint.get("model") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):

@@ -1,7 +1,5 @@
 """The loop over stages, phases, epochs and batches; the only place that sums, logs and steps."""
 
-import os
-import platform
 import resource
 import sys
 import time
@@ -16,17 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from cil import checkpoint
+from cil.batches import Batches
 from cil.build import Run
-from cil.data import epoch_plan
 from cil.evaluation import Counts
 from cil.events import EventLog
+from cil.folder import machine
 from cil.metrics import AccuracyMatrix
 from cil.optim import learning_rates, make_optimizer, set_learning_rate
-from cil.precision import Precision
 from cil.progress import Progress
 from cil.results import History, metrics
 from cil.seeding import SampleNoise, derive, sample_noise, seeded
-from cil.stages import Phase, Source, Stage
+from cil.stages import Phase, Stage
 from kd import Batch, Frozen
 
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes per unit of ru_maxrss
@@ -57,6 +55,7 @@ class Engine:
     def __init__(self, run: Run, log: EventLog) -> None:
         self.config, self.data, self.tasks, self.samples = run.config, run.data, run.tasks, run.samples
         self.learner, self.memory, self.precision, self.reader = run.learner, run.memory, run.precision, run.reader
+        self.batches = Batches(run)
         self.log = log
         self.folder = run.config.folder
         self.position = Position()
@@ -77,12 +76,12 @@ class Engine:
         After a resume the grown network is rebuilt from the checkpoint: `begin_stage` never runs twice.
         """
         self.restore()
-        total = self.history.images + self.images_to_come()
+        stages = [self.stage(index) for index in range(self.tasks.num_tasks)]
+        total = sum(self.batches.num_images(stage, phase) for stage in stages for phase in self.learner.phases(stage))
         self.progress = Progress(total_images=total, num_stages=self.tasks.num_tasks, done_images=self.history.images)
         with self.progress:
-            for index in range(self.position.stage, self.tasks.num_tasks):
-                stage = self.stage(index)
-                self.progress.stage(index)
+            for stage in stages[self.position.stage :]:
+                self.progress.stage(stage.index)
                 if not self.position.begun:
                     self.begin(stage)
                 phases = self.learner.phases(stage)
@@ -93,13 +92,16 @@ class Engine:
                     not self.memory_is_current(stage) or self.config.memory.when == "after_finetuning"
                 ):
                     self.choose_exemplars(stage)
-                with seeded(self.config.seed, "end", index):
+                with seeded(self.config.seed, "end", stage.index):
                     self.learner.end_stage(stage)
                 self.finish(stage)
+                if stage is not stages[-1]:
+                    checkpoint.write_json(self.folder / "metrics.json", self.report())
         report = self.report()
         self.log.write(
             "run_finished", wall_seconds=report["wall_seconds"], images_per_second=report["images_per_second"]
         )
+        checkpoint.write_json(self.folder / "metrics.json", report)  # last: from now on the run counts as finished
         return self.history.matrix(self.num_images)
 
     # Stages
@@ -115,13 +117,14 @@ class Engine:
         self.learner.to(self.precision.device, self.precision.dtype)
         self.position = Position(stage.index, begun=True)
         self.seconds.clear()
+        self.set_trainable(self.learner.phases(stage)[0])
         parameters = list(self.learner.network.parameters())
         self.log.write(
             "stage_started",
             stage=stage.index,
             labels=[stage.labels.start, stage.labels.stop - 1],
             class_names=[self.data.class_names[self.tasks.original(label)] for label in stage.labels],
-            num_new_samples=len(self.ids("new", stage)),
+            num_new_samples=len(self.batches.ids("new", stage)),
             num_parameters=sum(parameter.numel() for parameter in parameters),
             num_trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         )
@@ -152,15 +155,14 @@ class Engine:
                 "class_labels": [self.tasks.original(label) for label in range(stage.num_seen)],
             },
         }
-        with self.timed("checkpoint"):
-            checkpoint.save_stage(self.folder, stage.index, self.state(), summary)
+        # before the state is saved, since a resume keeps only what the log held then
         self.log.write(
             "stage_finished",
             stage=stage.index,
             seconds=dict(self.seconds),
             peak_resident_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT,
         )
-        checkpoint.write_json(self.folder / "metrics.json", self.report())
+        checkpoint.save_stage(self.folder, stage.index, self.state(), summary)
         self.progress.table(history.matrix(self.num_images), stage.index)
 
     def report(self) -> dict[str, Any]:
@@ -179,8 +181,8 @@ class Engine:
             self.position.phase, self.position.epoch, self.saved_optimizer = number, 0, None
         self.learner.phase = phase
         self.set_trainable(phase)
-        ids = self.ids(phase.source, stage)
-        steps = len(self.plan(ids, stage, number, phase, epoch=0))
+        ids = self.batches.ids(phase.source, stage)
+        steps = len(self.batches.plan(ids, stage, number, phase, epoch=0))
         if not steps:
             raise RunFailed(f"stage {stage.index}, phase {phase.name}: there is no batch to train on")
         rates = learning_rates(phase.recipe.schedule, phase.recipe.epochs, phase.recipe.peak_lr, steps)
@@ -204,13 +206,13 @@ class Engine:
         for epoch in range(self.position.epoch, phase.recipe.epochs):
             self.train_epoch(stage, number, phase, epoch, ids, rates)
             self.position.epoch = epoch + 1
-            with self.timed("checkpoint"):
-                checkpoint.save_state(self.folder, stage.index, self.state())
             every = self.config.evaluation.every_epochs
             if every and (epoch + 1) % every == 0 and epoch + 1 < phase.recipe.epochs:
                 self.evaluate(stage, f"{phase.name} epoch {epoch + 1}")
                 self.set_trainable(phase)
                 self.progress.phase(phase.name, phase.recipe.epochs, steps)
+            with self.timed("checkpoint"):
+                checkpoint.save_state(self.folder, stage.index, self.state())
         self.optimizer = None
         if any(later.source == "memory" for later in phases[number + 1 :]):
             counts = self.evaluate(stage, "before_finetuning")
@@ -220,9 +222,9 @@ class Engine:
         """One pass: augment, forward, sum, backward, step."""
         assert self.optimizer is not None
         start = time.perf_counter()
-        key = self.key(stage, number, epoch)
+        key = self.batches.key(stage, number, epoch)
         by_step = phase.recipe.schedule.unit == "step"
-        plan = self.plan(ids, stage, number, phase, epoch)
+        plan = self.batches.plan(ids, stage, number, phase, epoch)
         sums: dict[str, Tensor] = {}
         images = 0
         for step, (some, views) in enumerate(plan):
@@ -280,38 +282,6 @@ class Engine:
             item.requires_grad_(False)
             if phase.frozen_in_eval and isinstance(item, nn.Module):
                 item.eval()
-
-    def ids(self, source: Source, stage: Stage) -> Tensor:
-        """The ids of the training samples that a phase asks for."""
-        labels = self.samples.labels
-        if source == "memory":
-            return self.memory.ids()
-        if source == "seen":
-            return torch.nonzero((labels >= 0) & (labels < stage.num_seen)).flatten()
-        new = torch.nonzero((labels >= stage.labels.start) & (labels < stage.labels.stop)).flatten()
-        if source == "new":
-            return new
-        old = self.memory.ids()
-        return torch.cat([new, old[labels[old] < stage.labels.start]])
-
-    def plan(self, ids: Tensor, stage: Stage, number: int, phase: Phase, epoch: int) -> list[tuple[Tensor, Tensor]]:
-        """The batches of an epoch: ids and views."""
-        sampling = phase.recipe.sampling
-        halved = sampling.emulate_missing_launcher
-        return epoch_plan(
-            ids,
-            key=derive(self.key(stage, number, 0 if halved else epoch), "order"),
-            batch_size=phase.batch_size,
-            shuffle=sampling.shuffle,
-            views=sampling.views,
-            round_to=sampling.round_to,
-            drop_last=sampling.drop_last,
-            num_shares=2 if halved else 1,
-        )
-
-    def key(self, stage: Stage, phase: int, epoch: int) -> int:
-        """Where the random numbers of an epoch come from."""
-        return derive(self.config.seed, "epoch", stage.index, phase, epoch)
 
     # Memory and evaluation
 
@@ -402,44 +372,9 @@ class Engine:
             self.log.truncate(0)
         self.log.write("run_started", name=self.config.name, resumed_at=resumed_at, **machine(self.precision))
 
-    def images_to_come(self) -> int:
-        """Training images that the run has still to show, for the estimate of its time."""
-        counts = np.bincount(self.samples.labels[self.samples.labels >= 0].numpy(), minlength=self.tasks.num_classes)
-        total = 0
-        for index in range(self.position.stage, self.tasks.num_tasks):
-            stage = self.stage(index)
-            old_quota = self.memory.quota(stage.num_old, self.tasks.num_classes) if index and self.memory.size else 0
-            quota = self.memory.quota(stage.num_seen, self.tasks.num_classes) if self.memory.size else 0
-            new = int(counts[stage.labels.start : stage.labels.stop].sum())
-            sizes = {
-                "new": new,
-                "new+memory": new + old_quota * stage.num_old,
-                "memory": quota * stage.num_seen,
-                "seen": int(counts[: stage.num_seen].sum()),
-            }
-            for number, phase in enumerate(self.learner.phases(stage)):
-                here = index == self.position.stage and number <= self.position.phase
-                done = (
-                    phase.recipe.epochs if here and number < self.position.phase else self.position.epoch if here else 0
-                )
-                round_to = phase.recipe.sampling.round_to
-                total += sizes[phase.source] // round_to * round_to * (phase.recipe.epochs - done)
-        return total
-
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
         """Add the time of a block to a part of the stage."""
         start = time.perf_counter()
         yield
         self.seconds[part] += time.perf_counter() - start
-
-
-def machine(precision: Precision) -> dict[str, Any]:
-    """Where a run takes place; for the diary, not for the results."""
-    return {
-        "host": platform.node(),
-        "num_cores": os.cpu_count(),
-        "device": str(precision.device),
-        "precision": precision.name,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-    }

@@ -64,7 +64,7 @@ class Reader:
         noise_key: int | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         context: AbstractContextManager[object] = self.precision.autocast()
-        for some in ids.split(self.batch_size):
+        for some in torch.split(ids, self.batch_size):
             raw = images.fetch(some).to(self.precision.device)
             if noise_key is None:
                 inputs = self.transform.test(raw)

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import platform
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import yaml
 
 from cil import checkpoint
 from cil.config import Config, ConfigError
+from cil.precision import Precision
 
 #: Keys that may differ between the config of a run folder and the one it is asked to go on with.
 _PLACE = {"name", "runs_dir", "overwrite", "experiment", "data.root", "data.download"}
@@ -45,9 +47,11 @@ def open_folder(config: Config) -> bool:
             shown = [f"  {key}: {found.get(key)!r} there, {wanted.get(key)!r} here" for key in keys[:6]]
             more = [f"  and {len(keys) - 6} more keys"] if len(keys) > 6 else []
             raise ConfigError(
-                [f"{folder} holds a run of another config. Choose another name=, or overwrite=true to move it aside."]
-                + shown
-                + more
+                [
+                    f"{folder} holds a run of another config; choose another name=, or overwrite=true to move it away",
+                    *shown,
+                    *more,
+                ]
             )
         metrics = folder / "metrics.json"
         return metrics.exists() and bool(read_metrics(folder)["finished"])
@@ -99,7 +103,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict):
         return {prefix.removesuffix("."): tree}
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= _flat(value, f"{prefix}{key}.")
     return flat
+
+
+def machine(precision: Precision) -> dict[str, Any]:
+    """Where a run takes place; for the diary, not for the results."""
+    return {
+        "host": platform.node(),
+        "num_cores": os.cpu_count(),
+        "device": str(precision.device),
+        "precision": precision.name,
+        "versions": {"python": platform.python_version(), "torch": importlib.metadata.version("torch")},
+    }

@@ -1,7 +1,7 @@
 """Optimisers and learning-rate schedules by name (timm's), and the recipe that ties them to batches and epochs."""
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -150,7 +150,7 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _known_optimizer(self) -> "Recipe":
-        known = list_optimizers()
+        known = [str(name) for name in list_optimizers()]
         if self.optimizer not in known:
             raise ValueError(
                 unknown("optimizer", self.optimizer, known).split(" Known:")[0] + " (see timm's optimisers)"
@@ -179,7 +179,7 @@ def make_optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """
     if not any(parameter.requires_grad for parameter in module.parameters()):
         raise ValueError(f"{type(module).__name__} has no parameter left to train in this phase: everything is frozen")
-    given: dict[str, object] = {"momentum": recipe.momentum, "betas": recipe.betas}
+    given: dict[str, Any] = {"momentum": recipe.momentum, "betas": recipe.betas}
     given = {name: value for name, value in given.items() if value is not None}
     if recipe.optimizer in _FUSED:
         given["fused"] = True

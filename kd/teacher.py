@@ -1,6 +1,7 @@
 """Teachers: networks that answer and do not learn."""
 
 import copy
+
 import torch
 from torch import nn
 

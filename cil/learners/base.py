@@ -8,8 +8,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cil.models.network import Network
-from cil.stages import Phase, Stage
+from cil.stages import Phase, Source, Stage
 from kd import Batch, Frozen, Outputs, WeightedSum, frozen
+from kd.base import total
 from kd.registry import Registry
 
 learners: Registry["type[Learner]"] = Registry("learner", "cil.learners")
@@ -47,7 +48,7 @@ class Learner(nn.Module):
 
     def phases(self, stage: Stage) -> list[Phase]:
         """What to train in a stage, in order. Has no side effect: it is asked again after a resume."""
-        source = "new+memory" if stage.has_memory else "new"
+        source: Source = "new+memory" if stage.has_memory else "new"
         return [Phase("training", source, stage.recipe.for_task(stage.index))]
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -63,7 +64,8 @@ class Learner(nn.Module):
     ) -> None:
         """One optimiser step on the sum of the losses."""
         optimizer.zero_grad(set_to_none=True)
-        scaler.scale(sum(losses.values(), torch.zeros((), device=next(iter(losses.values())).device))).backward()
+        loss: Tensor = scaler.scale(total(losses.values()))
+        loss.backward()  # type: ignore[no-untyped-call]
         if clip_norm is not None:
             scaler.unscale_(optimizer)
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -80,7 +82,7 @@ class Learner(nn.Module):
         outputs: Outputs = self.network(images)
         return outputs.logits
 
-    def embed(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch width"]:
+    def embed(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch embedding"]:
         """The features by which exemplars are chosen.
 
         Raises:

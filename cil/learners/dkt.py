@@ -1,6 +1,7 @@
 """DKT: Diverse Knowledge Transfer Transformer (Gao et al., CVPR 2023, pages 24236-24245)."""
 
-from typing import Annotated
+import inspect
+from typing import Annotated, Any
 
 from pydantic import Field
 from torch import Tensor
@@ -23,8 +24,8 @@ class DKT(Learner):
     $L = w\\,(1-\\lambda)\\,BCE + \\lambda\\,KD + CS$; old task tokens and the stability classifier are frozen.
     Fine-tuning: $L = BCE$ on the memory, encoder and task tokens frozen. Task 0: $L = BCE$.
 
-    The defaults are the corrected method; `learner=dkt_official` sets every switch as the release has it (docs/method.md
-    lists them).
+    The defaults are the corrected method; `learner=dkt_official` sets every switch as the release has it
+    (docs/method.md lists them).
 
     Args:
         network: A `DKTNetwork`.
@@ -148,3 +149,38 @@ class DKT(Learner):
             base_weight=self.base_weight,
             base_reduction=self.base_reduction,
         )
+
+
+#: The switches as the release has them (docs/method.md).
+_RELEASE: dict[str, Any] = {
+    "base_weight": 2.0,
+    "base_reduction": "mean",
+    "finetune_epochs": [1, 1, 10],
+    "finetune_shuffle": False,
+    "finetune_drop_last": True,
+    "finetune_frozen_in_eval": False,
+    "finetune_general_token": True,
+}
+
+
+@learners.register("dkt_official")
+class DKTOfficial(DKT):
+    """DKT with every switch as the release has it: the same parameters, other defaults.
+
+    `configs/learner/dkt_official.yaml` sets the switches outside the learner: network, memory, sampling, schedule.
+
+    Args:
+        network: A `DKTNetwork`.
+        distillation: As for `DKT`.
+        **switches: The keyword-only parameters of `DKT`.
+    """
+
+    __signature__ = inspect.Signature(
+        [
+            parameter.replace(default=_RELEASE.get(name, parameter.default))
+            for name, parameter in inspect.signature(DKT).parameters.items()
+        ]
+    )
+
+    def __init__(self, network: Network, distillation: WeightedSum | None, **switches: Any) -> None:
+        super().__init__(network, distillation, **(_RELEASE | switches))

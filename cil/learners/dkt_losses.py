@@ -10,7 +10,6 @@ from kd import Batch, Outputs, WeightedSum
 from kd.feature.cluster_separation import ClusterSeparation
 from kd.precision import full_precision
 
-
 Reduction = Literal["batchmean", "mean"]
 
 

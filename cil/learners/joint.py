@@ -19,8 +19,8 @@ class Joint(Learner):
     Args:
         network: The network to train.
         distillation: Must be None: nothing is forgotten that a teacher could bring back.
-        start: `fresh` begins again from the untrained network before every task (the published upper bounds); `continue` goes on from the
-            last task.
+        start: `fresh` begins again from the untrained network before every task (the published upper bounds);
+            `continue` goes on from the last task.
     """
 
     def __init__(

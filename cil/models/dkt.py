@@ -22,7 +22,7 @@ from cil.models.network import InputShape, Network, models
 from cil.models.noise import DropPath
 from kd import Outputs
 
-Tokens = Float[Tensor, "batch tokens width"]
+Tokens = Float[Tensor, "batch tokens dim"]
 Grid = tuple[int, int]
 
 _TOKEN_STD = 0.02  # of tokens and of the decoder's attention at the start (release)
@@ -191,7 +191,7 @@ class Block(nn.Module):
         self.drop_attention = DropPath(drop_path, f"{name}.attention")
         self.drop_mlp = DropPath(drop_path, f"{name}.mlp")
 
-    def update(self, x: Tokens, queries: Tokens, context: Tokens, grid: Grid) -> Tokens:
+    def update(self, x: Tokens, queries: Tokens, context: Float[Tensor, "batch keys dim"], grid: Grid) -> Tokens:
         """`x` with what its normalised form, `queries`, learns from `context`, and the MLP of that."""
         x = x + self.drop_attention(self.attention(queries, context))
         updated: Tokens = x + self.drop_mlp(self.mlp(self.norm2(x), grid))

@@ -57,7 +57,7 @@ class _KeyedDrop(nn.Module):
         return noise.uniform(self.name, per_sample).to(x.device)
 
     def _drop(self, x: Float[Tensor, "rows ..."], kept: Float[Tensor, "rows ..."]) -> Float[Tensor, "rows ..."]:
-        return x * (kept / (1 - self.rate)).to(x.dtype)
+        return x * (kept.to(x.dtype) / (1 - self.rate))
 
 
 class DropPath(_KeyedDrop):

@@ -32,8 +32,9 @@ def _same_row(features: Array, found: int, golden: int) -> bool:
 
     A score of a row with a single entry has one product and no sum, so nothing is rounded: there the lowest index wins.
     """
-    rounds = np.count_nonzero(features[golden]) > 1
-    return found == golden or bool(rounds and np.array_equal(features[found], features[golden]))
+    if found == golden or golden not in range(len(features)):
+        return found == golden
+    return bool(np.count_nonzero(features[golden]) > 1) and np.array_equal(features[found], features[golden])
 
 
 def check_metrics(case: Case, comparison: Comparison) -> None:

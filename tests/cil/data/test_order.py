@@ -60,16 +60,20 @@ def test_the_views_of_a_sample_follow_each_other():
     assert all(len({sample for sample, _ in pairs[k : k + 3]}) == 1 for k in range(0, 12, 3))
 
 
-def test_whole_views_show_every_view_of_every_sample():
-    plan = epoch_plan(torch.arange(7), key=1, batch_size=4, views=2, whole_views=True)
-    assert sorted(entries(plan)) == [(sample, view) for sample in range(7) for view in range(2)]
-
-
-def test_one_of_two_shares_is_every_second_entry_of_the_longer_order():
+@pytest.mark.parametrize("views", [1, 3])
+def test_one_of_two_shares_is_every_second_entry_of_the_same_order(views):
     ids = torch.arange(20)
-    whole = entries(epoch_plan(ids, key=1, batch_size=8, views=3, whole_views=True))
-    share = entries(epoch_plan(ids, key=1, batch_size=8, views=3, num_shares=2))
-    assert share == whole[::2][:10]
+    whole = entries(epoch_plan(ids, key=1, batch_size=8, views=views))
+    share = entries(epoch_plan(ids, key=1, batch_size=8, views=views, num_shares=2))
+    assert len(share) == 10
+    # the whole epoch is cut at 20 entries, so with more views it shows only the start of what the share steps through
+    assert share[: len(whole[::2])] == whole[::2]
+
+
+def test_a_share_of_one_is_the_whole_epoch():
+    ids = torch.arange(20)
+    whole, share = (entries(epoch_plan(ids, key=1, batch_size=8, views=3, **more)) for more in ({}, {"num_shares": 1}))
+    assert share == whole
 
 
 @settings(deadline=None)

@@ -1,0 +1,72 @@
+"""Which samples a phase shows, in which batches, and where their random numbers come from."""
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from cil.build import Run
+from cil.data import epoch_plan
+from cil.seeding import derive
+from cil.stages import Phase, Source, Stage
+
+
+class Batches:
+    """The training samples of a run, phase by phase: a pure function of the run's seed and its memory.
+
+    Args:
+        run: The parts of the run.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.labels, self.memory, self.seed = run.samples.labels, run.memory, run.config.seed
+        self.num_classes = run.tasks.num_classes
+        self._counts = np.bincount(self.labels[self.labels >= 0].numpy(), minlength=self.num_classes)
+
+    def ids(self, source: Source, stage: Stage) -> Int[Tensor, " samples"]:
+        """The ids of the training samples that a phase asks for."""
+        labels = self.labels
+        if source == "memory":
+            return self.memory.ids()
+        if source == "seen":
+            return torch.nonzero((labels >= 0) & (labels < stage.num_seen)).flatten()
+        new = torch.nonzero((labels >= stage.labels.start) & (labels < stage.labels.stop)).flatten()
+        if source == "new":
+            return new
+        old = self.memory.ids()
+        return torch.cat([new, old[labels[old] < stage.labels.start]])
+
+    def key(self, stage: Stage, phase: int, epoch: int) -> int:
+        """Where the random numbers of an epoch come from."""
+        return derive(self.seed, "epoch", stage.index, phase, epoch)
+
+    def plan(
+        self, ids: Int[Tensor, " samples"], stage: Stage, number: int, phase: Phase, epoch: int
+    ) -> list[tuple[Int[Tensor, " batch"], Int[Tensor, " batch"]]]:
+        """The batches of an epoch: ids and views."""
+        sampling = phase.recipe.sampling
+        halved = sampling.emulate_missing_launcher
+        return epoch_plan(
+            ids,
+            key=derive(self.key(stage, number, 0 if halved else epoch), "order"),
+            batch_size=phase.batch_size,
+            shuffle=sampling.shuffle,
+            views=sampling.views,
+            round_to=sampling.round_to,
+            drop_last=sampling.drop_last,
+            num_shares=2 if halved else 1,
+        )
+
+    def num_images(self, stage: Stage, phase: Phase) -> int:
+        """Images that a phase will show in all its epochs, known before its exemplars are (short classes aside)."""
+        new = int(self._counts[stage.labels.start : stage.labels.stop].sum())
+        old = stage.num_old * self.memory.quota(stage.num_old, self.num_classes) if stage.num_old else 0
+        samples = {
+            "new": new,
+            "new+memory": new + old,
+            "memory": stage.num_seen * self.memory.quota(stage.num_seen, self.num_classes),
+            "seen": int(self._counts[: stage.num_seen].sum()),
+        }[phase.source]
+        sampling = phase.recipe.sampling
+        shown = samples // sampling.round_to * sampling.round_to // (2 if sampling.emulate_missing_launcher else 1)
+        return shown * phase.recipe.epochs

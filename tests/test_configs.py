@@ -1,0 +1,216 @@
+"""Every file under configs/ says what it is, composes, passes the check, and builds what it describes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cil.build import make_distillation, make_learner, make_network, make_transform, open_data
+from cil.cli import compose, config_folder, groups
+from cil.config import Config, check
+from cil.data import MissingData
+from cil.learners.base import learners
+from cil.memory import selection_rules
+from cil.optim import learning_rates, make_optimizer
+from kd import distillers
+
+CONFIGS = sorted(config_folder().rglob("*.yaml"))
+CHOICES = [(group, choice) for group, choices in groups().items() for choice in choices]
+#: What a choice needs beside itself.
+COMPANIONS = {
+    ("data", "npz"): ["data.path=images.npz"],
+    ("model", "resnet32"): ["learner=replay"],
+    ("model", "timm"): ["learner=replay"],
+}
+INPUT_SHAPES = {"dkt_tiny": (1, 8, 8)}  # the others are for 3 x 32 x 32
+
+
+def config_of(*overrides: str) -> Config:
+    return check(compose(list(overrides)))
+
+
+def read(config: Config, path: str) -> Any:
+    value: Any = config.model_dump()
+    for part in path.split("."):
+        value = value[part]
+    return value
+
+
+def test_there_are_the_groups_that_people_are_told_of() -> None:
+    assert list(groups()) == ["data", "experiment", "kd", "learner", "memory", "model", "optim", "scenario"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(config_folder())))
+def test_every_file_opens_with_what_it_is_its_source_and_its_cost(path: Path) -> None:
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("# @package")]
+    opening = []
+    for line in lines:
+        if not line.startswith("#"):
+            break
+        opening.append(line.removeprefix("#").strip())
+    text = " ".join(opening)
+    assert 10 < len(text.split("Source:")[0]) < 500
+    assert len(text.split("Source:")[1].split("Cost:")[0].strip()) > 0
+    assert len(text.split("Cost:")[1].strip(" .")) > 3
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_choice_composes_and_passes_the_check(group: str, choice: str) -> None:
+    config = config_of(f"{group}={choice}", *COMPANIONS.get((group, choice), []))
+    if group in ("data", "learner", "model") and choice in learners:
+        assert getattr(config, group).name == choice
+
+
+@pytest.mark.parametrize("choice", groups()["model"])
+def test_every_model_is_built_and_grown(choice: str) -> None:
+    shape = INPUT_SHAPES.get(choice, (3, 32, 32))
+    network = make_network(config_of(f"model={choice}", *COMPANIONS.get(("model", choice), [])), shape).eval()
+    for num_new in (3, 2):
+        network.grow(num_new)
+    with torch.inference_mode():
+        outputs = network(torch.rand(2, *shape))
+    assert outputs.logits.shape == (2, 5)
+    assert outputs.embedding is not None
+    assert outputs.embedding.shape == (2, network.embedding_width)
+
+
+@pytest.mark.parametrize("experiment", groups()["experiment"])
+@pytest.mark.parametrize("learner", groups()["learner"])
+def test_every_learner_goes_with_every_experiment(learner: str, experiment: str) -> None:
+    config = config_of(f"experiment={experiment}", f"learner={learner}")
+    network = make_network(config, INPUT_SHAPES.get("dkt_tiny") if config.data.name == "digits" else (3, 32, 32))
+    built = make_learner(config, network)
+    assert isinstance(built, learners[config.learner.name])
+    assert (built.distillation is not None) == learners[config.learner.name].keeps_teacher
+
+
+@pytest.mark.parametrize("choice", groups()["data"])
+def test_every_data_set_is_loaded_or_says_what_gets_it(choice: str, tmp_path: Path) -> None:
+    companions = COMPANIONS.get(("data", choice), [])
+    config = config_of(f"data={choice}", *companions)
+    try:
+        data = open_data(config)
+    except MissingData:
+        missing = config_of(f"data={choice}", f"data.root={tmp_path}", *companions)
+        with pytest.raises(MissingData, match=r"data\.(download=true|path)"):
+            open_data(missing)
+        return
+    images = make_transform(config, data).test(data.train.images[:2])
+    assert images.shape == (2, *data.input_shape)
+    assert images.is_floating_point()
+
+
+def test_the_real_cifar100_is_found_by_the_environment(cil_data: Path) -> None:
+    config = config_of("data=cifar100")
+    assert config.data.root == cil_data
+    assert open_data(config).num_classes == 100
+
+
+@pytest.mark.parametrize("choice", groups()["optim"])
+def test_every_recipe_makes_an_optimizer_and_a_schedule(choice: str) -> None:
+    recipe = config_of(f"optim={choice}").optim
+    optimizer = make_optimizer(torch.nn.Linear(2, 2), recipe)
+    assert optimizer.param_groups[0]["lr"] == recipe.peak_lr
+    assert len(learning_rates(recipe.schedule, recipe.epochs, recipe.peak_lr)) == recipe.epochs
+
+
+@pytest.mark.parametrize("choice", groups()["memory"])
+def test_every_memory_names_a_rule(choice: str) -> None:
+    assert config_of(f"memory={choice}").memory.selection in selection_rules
+
+
+def test_every_registered_distiller_and_learner_has_a_file_of_its_name() -> None:
+    # the cluster-separation term belongs to learner=dkt and is configured there
+    assert set(distillers) - {"cluster_separation"} <= set(groups()["kd"])
+    assert set(learners) == set(groups()["learner"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "terms"),
+    [
+        (["kd=kd"], {"kd": 1.0}),
+        (["kd=none"], {}),
+        (["kd=[dkt,kd]", "kd.kd.weight=0.5"], {"dkt": 1.0, "kd": 0.5}),
+        (["kd=[kd,dkt]", "kd.dkt.weight=2", "kd.kd.temperature=2"], {"dkt": 2.0, "kd": 1.0}),
+        (["learner=dkt"], {"dkt": 1.0}),
+        (["learner=dkt_official"], {"dkt_official": 1.0}),
+        (["learner=dkt_official", "kd=none"], {}),
+        (["learner=dkt_official", "kd=kd"], {"kd": 1.0}),
+        (["experiment=cifar100_c50", "kd=kd"], {"kd": 1.0}),
+        (["learner=replay"], {}),
+        (["experiment=tiny", "learner=finetune"], {}),
+        (["kd=kd", "+kd.second.method=kd", "kd.second.temperature=1", "kd.second.weight=3"], {"kd": 1.0, "second": 3.0}),
+    ],
+)
+def test_distillation_terms_are_chosen_and_weighted_by_name(overrides: list[str], terms: dict[str, float]) -> None:
+    distillation = make_distillation(config_of(*overrides))
+    assert (distillation.weights if distillation else {}) == terms
+
+
+def test_a_parameter_of_one_term_reaches_that_term() -> None:
+    distillation = make_distillation(config_of("kd=[dkt,kd]", "kd.kd.temperature=7"))
+    assert distillation is not None
+    assert {name: term.temperature for name, term in distillation.distillers.items()} == {"dkt": 1.0, "kd": 7.0}
+
+
+#: Every switch of docs/method.md that a config sets: where it stands, as released, as corrected.
+SWITCHES = {
+    "R1": ("learner.base_weight", 2.0, 1.0),
+    "R2": ("learner.base_reduction", "mean", "batchmean"),
+    "R4a": ("learner.finetune_shuffle", False, True),
+    "R4b": ("learner.finetune_drop_last", True, False),
+    "R6": ("learner.finetune_frozen_in_eval", False, True),
+    "R7": ("learner.finetune_general_token", True, False),
+    "R8 rule": ("memory.selection", "herding_residual", "herding"),
+    "R8 images": ("memory.transform", "train", "test"),
+    "R8 time": ("memory.when", "before_finetuning", "before_finetuning"),
+    "R9": ("learner.finetune_epochs", [1, 1, 10], [10]),
+    "R11": ("optim.schedule.legacy_shift", True, False),
+    "R17": ("evaluation.continuum", True, False),
+    "R19 views": ("optim.sampling.views", 3, 1),
+    "R19 floor": ("optim.sampling.round_to", 256, 1),
+    "R20": ("optim.sampling.emulate_missing_launcher", False, False),
+}
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+@pytest.mark.parametrize("learner", ["dkt_official", "dkt"])
+def test_every_switch_of_dkt_stands_where_the_learner_says(switch: str, learner: str) -> None:
+    path, official, corrected = SWITCHES[switch]
+    config = config_of("experiment=cifar100_c50", f"learner={learner}")
+    built = make_learner(config, make_network(config, (3, 32, 32)))
+    part, _, name = path.partition(".")
+    found = getattr(built, name) if part == "learner" else read(config, path)
+    assert found == (official if learner == "dkt_official" else corrected)
+
+
+@pytest.mark.parametrize(("learner", "as_released"), [("dkt_official", True), ("dkt", False)])
+def test_the_switches_of_network_and_distillation_reach_what_is_built(learner: str, as_released: bool) -> None:
+    config = config_of("experiment=cifar100_c50", f"learner={learner}")
+    network = make_network(config, (3, 32, 32))
+    assert (network.merge_bias, network.merge_norm) == (not as_released, not as_released)  # R3a, R3b
+    distillation = make_distillation(config)
+    assert distillation is not None
+    (term,) = distillation.distillers.values()
+    assert (term.temperature, term.reduction) == (1.0, "mean" if as_released else "batchmean")  # R2
+    assert config.data.augment["cutout"] == {"size": 16}  # R21
+
+
+def test_the_experiment_on_cifar100_is_the_scaled_recipe_of_the_release() -> None:
+    config = config_of("experiment=cifar100_c50", "learner=dkt_official")
+    assert config.optim.peak_lr == pytest.approx(2.5e-4)
+    learner = make_learner(config, make_network(config, (3, 32, 32)))
+    from cil.stages import Stage
+
+    finetuning = []
+    for task in range(5):
+        learner.network.grow(10)
+        stage = Stage(task, range(10 * task, 10 * task + 10), config.optim, has_memory=True)
+        finetuning += [phase.recipe for phase in learner.phases(stage) if phase.source == "memory"]
+    assert [recipe.epochs for recipe in finetuning] == [1, 1, 10, 10]
+    assert [recipe.peak_lr for recipe in finetuning] == pytest.approx([2.5e-5] * 4)
+    rates = learning_rates(config.optim.schedule, config.optim.epochs, config.optim.peak_lr)
+    assert rates[:2] == [1e-6, 1e-6]  # R11
+    assert (config.optim.schedule.warmup_epochs, config.optim.schedule.min_lr) == (1, 1e-5)
+    assert (config.memory.size, config.scenario.classes, config.scenario.class_order) == (1000, 50, "order1")

@@ -1,0 +1,295 @@
+"""An interrupted run, started again with the same command, ends as if nothing had happened: bit by bit."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cil import checkpoint
+from cil.engine import Engine
+from cil.events import EventLog, read_events
+from tests.conftest import RunTiny, tiny_command
+from tests.run_folders import assert_same_weights, content_of, facts_of, results_of, weights_of
+
+INTERRUPTED = 130
+ROOT = Path(__file__).parents[1]
+
+#: With `learner=dkt` in `TINY`, save_state is called after each epoch (2 in task 0, then 2 + 2) and at the end of a stage.
+NUM_SAVES = 3 + 5 + 5
+
+
+def interrupt(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, *, after: bool, what: type[BaseException]
+) -> None:
+    """Raise before or after the `call`-th call of a function, counted from 1."""
+    original: Callable[..., Any] = getattr(owner, name)
+    calls = 0
+
+    def interrupting(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call and not after:
+            raise what
+        result = original(*args, **kwargs)
+        if calls == call:
+            raise what
+        return result
+
+    monkeypatch.setattr(owner, name, interrupting)
+
+
+def assert_as_if_nothing_happened(run: Path, whole: Path) -> None:
+    assert results_of(run) == results_of(whole)
+    assert_same_weights(weights_of(run), weights_of(whole))
+    assert facts_of(run) == facts_of(whole)
+    assert content_of(run).keys() == content_of(whole).keys()
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call", "after"),
+    [
+        pytest.param(Engine, "batch", 3, False, id="in the first epoch, nothing is saved yet"),
+        pytest.param(checkpoint, "save_state", 1, False, id="before the first state is saved"),
+        pytest.param(checkpoint, "save_state", 1, True, id="after the first epoch"),
+        pytest.param(checkpoint, "save_state", 2, True, id="after the last epoch of the first task"),
+        pytest.param(checkpoint, "save_stage", 1, False, id="before the first stage is saved"),
+        pytest.param(checkpoint, "save_state", 3, False, id="between the weights of a stage and its state"),
+        pytest.param(checkpoint, "save_stage", 1, True, id="after the first stage is saved"),
+        pytest.param(checkpoint, "save_state", 5, True, id="between training and fine-tuning"),
+        pytest.param(Engine, "choose_exemplars", 2, True, id="after choosing exemplars"),
+        pytest.param(checkpoint, "save_state", 6, True, id="in the middle of fine-tuning"),
+        pytest.param(checkpoint, "save_state", 7, True, id="after fine-tuning"),
+        pytest.param(checkpoint, "save_stage", 2, True, id="after the second stage is saved"),
+        pytest.param(checkpoint, "save_stage", 3, False, id="before the last stage is saved"),
+        pytest.param(checkpoint, "save_stage", 3, True, id="after the last stage is saved"),
+        pytest.param(checkpoint, "write_json", 6, False, id="before the results are written"),
+    ],
+)
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(
+    run_tiny: RunTiny,
+    whole_run: RunTiny,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    owner: Any,
+    name: str,
+    call: int,
+    after: bool,
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt(patch, owner, name, call, after=after, what=KeyboardInterrupt)
+        run_tiny(code=INTERRUPTED)
+    assert capsys.readouterr().err == "interrupted; the same command again goes on from the last checkpoint\n"
+    assert_as_if_nothing_happened(run_tiny(), whole_run())
+
+
+@pytest.mark.parametrize(
+    ("learner", "overrides"),
+    [
+        ("dkt", ()),
+        ("dkt", ("precision=bf16",)),
+        ("dkt", ("precision=fp16",)),
+        ("dkt", ("memory.when=after_finetuning", "evaluation.every_epochs=1", "optim.clip_norm=1")),
+        ("dkt_official", ()),
+        ("joint", ()),
+        ("joint", ("learner.start=continue", "optim.optimizer=sgd", "optim.momentum=0.9")),
+        ("replay", ("model=resnet32", "model.depth=20", "model.width=4")),
+        ("finetune", ("memory.size=0",)),
+    ],
+)
+def test_a_run_interrupted_after_every_single_checkpoint_ends_as_an_uninterrupted_one(
+    run_tiny: RunTiny, whole_run: RunTiny, monkeypatch: pytest.MonkeyPatch, learner: str, overrides: tuple[str, ...]
+) -> None:
+    whole = whole_run(*overrides, learner=learner)
+    num_saves = sum(event["event"] in ("epoch", "stage_finished") for event in facts_of(whole))
+    for _ in range(num_saves):
+        with monkeypatch.context() as patch:
+            interrupt(patch, checkpoint, "save_state", 1, after=True, what=KeyboardInterrupt)
+            run = run_tiny(*overrides, learner=learner, code=INTERRUPTED)
+    assert_as_if_nothing_happened(run_tiny(*overrides, learner=learner), whole)
+    starts = [event["resumed_at"] for event in read_events(run / "events.jsonl") if event["event"] == "run_started"]
+    assert starts[0] is None
+    assert len(starts) == 1 + num_saves
+    if learner == "dkt":
+        assert num_saves == NUM_SAVES
+        assert starts[6] == {"stage": 1, "phase": 1, "epoch": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_a_run_interrupted_anywhere_any_number_of_times_ends_as_an_uninterrupted_one(
+    run_tiny: RunTiny, whole_run: RunTiny, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    places = [(Engine, "batch"), (EventLog, "write"), (Engine, "evaluate"), (checkpoint, "write_atomically")]
+    places += [(Engine, "state"), (Engine, "fit"), (Engine, "begin"), (Engine, "finish"), (os, "replace")]
+    chance = random.Random(seed)
+    for _ in range(30):
+        owner, name = chance.choice(places)
+        with monkeypatch.context() as patch:
+            call = chance.randint(1, 12)
+            interrupt(patch, owner, name, call, after=chance.random() < 0.5, what=KeyboardInterrupt)
+            try:
+                run_tiny(code=INTERRUPTED)
+            except AssertionError:  # it came through
+                break
+    assert_as_if_nothing_happened(run_tiny(), whole_run())
+
+
+def test_memory_that_runs_out_or_a_bug_leaves_a_run_that_goes_on(
+    run_tiny: RunTiny, whole_run: RunTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt(patch, Engine, "batch", 20, after=True, what=MemoryError)
+        with pytest.raises(MemoryError):
+            run_tiny()
+    assert_as_if_nothing_happened(run_tiny(), whole_run())
+
+
+def test_a_full_disk_is_said_in_one_line_and_leaves_a_run_that_goes_on(
+    run_tiny: RunTiny, whole_run: RunTiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        interrupt(patch, Engine, "train_epoch", 4, after=True, what=KeyboardInterrupt)
+        run_tiny(code=INTERRUPTED)
+        patch.setattr(os, "fsync", full)
+        run_tiny(code=1)
+    assert capsys.readouterr().err.splitlines()[-1] == "error: [Errno 28] No space left on device"
+    assert_as_if_nothing_happened(run_tiny(), whole_run())
+
+
+def test_a_torn_last_event_does_not_stop_a_resume(
+    run_tiny: RunTiny, whole_run: RunTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt(patch, checkpoint, "save_state", 4, after=True, what=KeyboardInterrupt)
+        run = run_tiny(code=INTERRUPTED)
+    with (run / "events.jsonl").open("a") as file:
+        file.write('{"event": "epoch", "ti')
+    (run / "stage_001" / "state.pt.part").write_bytes(b"half a state")
+    run_tiny()
+    (run / "stage_001" / "state.pt.part").unlink(missing_ok=True)
+    assert_as_if_nothing_happened(run, whole_run())
+
+
+def test_a_finished_run_says_so_and_changes_nothing(run_tiny: RunTiny, capsys: pytest.CaptureFixture[str]) -> None:
+    before = content_of(run_tiny("optim.epochs=1", learner="finetune"))
+    capsys.readouterr()
+    after = content_of(run_tiny("optim.epochs=1", learner="finetune"))
+    assert "run is finished already; overwrite=true runs it again" in capsys.readouterr().out
+    assert after == before
+
+
+def test_another_config_in_the_same_folder_is_refused_naming_the_keys(
+    run_tiny: RunTiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = content_of(run_tiny("optim.epochs=1", learner="finetune"))
+    capsys.readouterr()
+    run = run_tiny("optim.epochs=1", "seed=3", "memory.selection=random", learner="finetune", code=2)
+    message = capsys.readouterr().err
+    assert "holds a run of another config" in message
+    assert "memory.selection: 'herding' there, 'random' here" in message
+    assert "seed: 0 there, 3 here" in message
+    assert "overwrite=true" in message
+    assert len(message.splitlines()) == 3
+    assert content_of(run) == before
+
+
+def test_overwriting_moves_the_old_folder_aside(run_tiny: RunTiny) -> None:
+    first = content_of(run_tiny("optim.epochs=1", learner="finetune"))
+    run = run_tiny("optim.epochs=1", "seed=3", "overwrite=true", learner="finetune")
+    assert content_of(run.with_name("run.old-1")) == first
+    assert results_of(run)["seed"] == 3
+    run_tiny("optim.epochs=1", "seed=4", "overwrite=true", learner="finetune")
+    assert content_of(run.with_name("run.old-1")) == first
+    assert results_of(run.with_name("run.old-2"))["seed"] == 3
+    assert results_of(run)["seed"] == 4
+
+
+def test_a_folder_of_something_else_is_left_alone(run_tiny: RunTiny, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run_tiny("optim.epochs=0", code=2)
+    folder.mkdir(parents=True)
+    (folder / "notes.txt").write_text("mine")
+    capsys.readouterr()
+    run_tiny(code=2)
+    assert "holds no run (no config.yaml)" in capsys.readouterr().err
+    assert content_of(folder) == {"notes.txt": b"mine"}
+
+
+def test_a_damaged_state_is_named_and_the_run_goes_on_without_it(
+    run_tiny: RunTiny, whole_run: RunTiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt(patch, checkpoint, "save_state", 4, after=True, what=KeyboardInterrupt)
+        run = run_tiny(code=INTERRUPTED)
+    state = run / "stage_001" / "state.pt"
+    state.write_bytes(state.read_bytes()[:-200])
+    capsys.readouterr()
+    run_tiny(code=2)
+    message = capsys.readouterr().err
+    assert f"{state}: damaged, cannot be read" in message
+    assert len(message.splitlines()) <= 12
+    state.unlink()
+    assert_as_if_nothing_happened(run_tiny(), whole_run())
+
+
+def test_begin_stage_does_not_run_twice(
+    run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cil.learners.dkt import DKT
+
+    begun: list[int] = []
+    original = DKT.begin_stage
+
+    def counting(self: DKT, stage: Any) -> None:
+        begun.append(stage.index)
+        original(self, stage)
+
+    monkeypatch.setattr(DKT, "begin_stage", counting)
+    for call in (1, 2, 2, 3):
+        with monkeypatch.context() as patch:
+            interrupt(patch, checkpoint, "save_state", call, after=True, what=KeyboardInterrupt)
+            run_tiny(code=INTERRUPTED)
+    run_tiny()
+    assert begun == [0, 1, 2]
+
+
+def test_the_teacher_of_a_resumed_run_is_the_one_that_was_saved(
+    run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt(patch, checkpoint, "save_state", 9, after=True, what=KeyboardInterrupt)  # in the third task
+        run = run_tiny(code=INTERRUPTED)
+    state = torch.load(run / "stage_002" / "state.pt", weights_only=True)
+    before = weights_of(run)
+    teacher = {
+        name.removeprefix("teacher.network."): value
+        for name, value in state["learner"].items()
+        if name.startswith("teacher.network.")
+    }
+    expected = {name.removeprefix("stage_001/"): v for name, v in before.items() if name.startswith("stage_001/")}
+    assert_same_weights(dict(sorted(teacher.items())), dict(sorted(expected.items())))
+    assert state["structure"] == {"network": {"task_sizes": [2, 2, 2]}, "teacher": {"task_sizes": [2, 2]}}
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_continued_by_the_same_command(tmp_path: Path, whole_run: RunTiny) -> None:
+    command = [sys.executable, "train_incremental.py", *tiny_command(tmp_path, "optim.epochs=2")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    state = tmp_path / "run" / "stage_001" / "state.pt"
+    deadline = time.monotonic() + 120
+    while not state.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+    assert_as_if_nothing_happened(tmp_path / "run", whole_run())
