@@ -44,7 +44,7 @@ def compose(overrides: list[str], config_name: str = "train_incremental") -> dic
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
-    from hydra.errors import HydraException
+    from hydra.errors import HydraException, OverrideParseException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -73,6 +73,9 @@ def compose(overrides: list[str], config_name: str = "train_incremental") -> dic
         chosen = dict(composed.hydra.runtime.choices)
         own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
         tree: Any = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
+    except OverrideParseException as error:
+        written, reason = error.override.removeprefix("++"), str(error).splitlines()[0]
+        raise ConfigError([f"{written!r} cannot be read ({reason}); quote a value with special characters"]) from error
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError([line for line in str(error).splitlines() if line.strip()][: MAX_LINES - 1]) from error
     assert isinstance(tree, dict)

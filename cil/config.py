@@ -1,7 +1,6 @@
 """The composed tree of a run: what may stand in it, and every problem with it at once."""
 
 import inspect
-import types
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from pathlib import Path
@@ -180,7 +179,7 @@ def schema(entry: type) -> type[BaseModel]:
 
 
 def check(tree: Mapping[str, Any]) -> Config:
-    """Check a composed tree; the values of the parts come out in the types that their constructors declare.
+    """Check a composed tree; the parts come out whole, with the types and defaults that their constructors declare.
 
     Raises:
         ConfigError: With every problem found: unknown keys with the nearest known one, wrong types, values out of
@@ -217,11 +216,9 @@ def check(tree: Mapping[str, Any]) -> Config:
     memory = tree.get("memory")
     if isinstance(memory, Mapping) and isinstance(rule := memory.get("selection", "herding"), str):
         _known(selection_rules, rule, "memory.selection", problems)
-    if config is not None and not problems:
-        problems += _contradictions(config)
     if problems or config is None:
         raise ConfigError(problems)
-    return config.model_copy(
+    config = config.model_copy(
         update={
             "data": config.data.model_copy(update=typed["data"] | {"augment": typed_augment}),
             "learner": config.learner.model_copy(update=typed["learner"]),
@@ -229,6 +226,9 @@ def check(tree: Mapping[str, Any]) -> Config:
             "kd": typed_kd,
         }
     )
+    if problems := _contradictions(config):
+        raise ConfigError(problems)
+    return config
 
 
 def _contradictions(config: Config) -> list[str]:
@@ -273,12 +273,12 @@ def _check_part(
     problems: list[str],
     known: AbstractSet[str] = frozenset(),
 ) -> dict[str, Any] | None:
-    """The values in their declared types; None if there is a problem with them."""
+    """All values of a part, in their declared types and with its defaults; None if there is a problem with them."""
     where = key if key.startswith("data.augment") else f"{key}.name"
     if not _known(registry, name, where, problems):
         return None
     checked: BaseModel | None = _validated(schema(registry[name]), values, f"{key}.", problems, known)
-    return None if checked is None else checked.model_dump(exclude_unset=True)
+    return None if checked is None else checked.model_dump()
 
 
 def _check_distiller(
@@ -299,7 +299,7 @@ def _check_distiller(
         registry[method](**typed)  # ranges are the constructor's own, since `kd` knows no config
     except ValueError as error:
         problems.append(f"kd.{name}: {error}")
-    return dict(values) | typed
+    return {"method": method, "weight": float(weight), **typed}
 
 
 def _validated(
@@ -343,30 +343,26 @@ def _path(model: type[BaseModel], location: tuple[int | str, ...]) -> tuple[int 
     path: list[int | str] = []
     current: Any = model
     for part in location:
-        if isinstance(current, type) and issubclass(current, BaseModel):
+        if get_origin(current) is dict:
             path.append(part)
-            current = _inner_model(current.model_fields[str(part)].annotation) if part in current.model_fields else None
+            current = _inner(get_args(current)[1])
+        elif current is not None:
+            path.append(part)
+            current = _inner(current.model_fields[str(part)].annotation) if part in current.model_fields else None
         elif isinstance(part, int):
             path.append(part)
-    if not path and location:
-        path = [location[0]]
     return tuple(path)
 
 
-def _inner_model(annotation: Any) -> Any:
-    if (
-        isinstance(annotation, type)
-        and not isinstance(annotation, types.GenericAlias)
-        and issubclass(annotation, BaseModel)
-    ):
+def _inner(annotation: Any) -> Any:
+    """The section or the mapping with names of its own that an annotation speaks of; None if there is none."""
+    if get_origin(annotation) is dict or (inspect.isclass(annotation) and issubclass(annotation, BaseModel)):
         return annotation
-    if get_origin(annotation) is not None:
-        return next((inner for inner in map(_inner_model, get_args(annotation)) if inner is not None), None)
-    return None
+    return next((inner for inner in map(_inner, get_args(annotation)) if inner is not None), None)
 
 
 def _fields_at(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
     current: Any = model
     for part in path:
-        current = _inner_model(current.model_fields[str(part)].annotation)
+        current = _inner(current.model_fields[str(part)].annotation)
     return list(current.model_fields)

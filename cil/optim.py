@@ -68,12 +68,17 @@ def learning_rates(schedule: Schedule, epochs: int, peak: float, steps_per_epoch
     if schedule.name == "constant" and not schedule.warmup_epochs:
         return [peak] * count
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=peak)
+    # timm lowers the rate one epoch (or step) before a milestone; half of one more puts it on the milestone
+    half = 0.5 / (steps_per_epoch if by_step else 1)
+    milestones: list[Any] = (
+        [] if schedule.name == "constant" else [milestone + half for milestone in schedule.milestones]
+    )
     scheduler, _ = create_scheduler_v2(
         optimizer,
         # a multistep curve without milestones is timm's way to say constant after a warm-up
         sched="multistep" if schedule.name == "constant" else schedule.name,
         num_epochs=epochs,
-        decay_milestones=[] if schedule.name == "constant" else schedule.milestones,
+        decay_milestones=milestones,
         decay_epochs=schedule.decay_epochs,
         decay_rate=schedule.decay_rate,
         min_lr=schedule.min_lr,

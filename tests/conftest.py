@@ -2,8 +2,10 @@
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -40,7 +42,7 @@ def tiny_command(runs_dir: Path, *overrides: str, learner: str = "dkt") -> list[
     return [*TINY, *model, f"learner={learner}", *finetuning, f"runs_dir={runs_dir}", "name=run", *overrides]
 
 
-def run_tiny_in(runs_dir: Path, *overrides: str, learner: str = "dkt", code: int = 0) -> Path:
+def run_tiny_in(runs_dir: Path, *overrides: str, learner: str = "dkt", code: int = 0, report: bool = True) -> Path:
     """Run the command line in process; returns the run folder.
 
     Args:
@@ -48,11 +50,17 @@ def run_tiny_in(runs_dir: Path, *overrides: str, learner: str = "dkt", code: int
         overrides: As on the command line, behind those of `TINY`.
         learner: Choice of the group.
         code: The exit code that is expected.
+        report: Write the page, which takes as long as the training; otherwise an empty file stands for it.
     """
     from cil.cli import main
 
+    def empty_page(folder: Path) -> Path:
+        (folder / "report.html").touch()
+        return folder / "report.html"
+
     words = tiny_command(runs_dir, *overrides, learner=learner)
-    assert main(words) == code
+    with nullcontext() if report else mock.patch("cil.report.write_report", empty_page):
+        assert main(words) == code
     return runs_dir / [word.removeprefix("name=") for word in words if word.startswith("name=")][-1]
 
 

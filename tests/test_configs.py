@@ -123,7 +123,7 @@ def test_every_memory_names_a_rule(choice: str) -> None:
 def test_every_registered_distiller_and_learner_has_a_file_of_its_name() -> None:
     # the cluster-separation term belongs to learner=dkt and is configured there
     assert set(distillers) - {"cluster_separation"} <= set(groups()["kd"])
-    assert set(learners) == set(groups()["learner"])
+    assert set(learners) <= set(groups()["learner"])
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,10 @@ def test_every_registered_distiller_and_learner_has_a_file_of_its_name() -> None
         (["experiment=cifar100_c50", "kd=kd"], {"kd": 1.0}),
         (["learner=replay"], {}),
         (["experiment=tiny", "learner=finetune"], {}),
-        (["kd=kd", "+kd.second.method=kd", "kd.second.temperature=1", "kd.second.weight=3"], {"kd": 1.0, "second": 3.0}),
+        (
+            ["kd=kd", "+kd.second.method=kd", "kd.second.temperature=1", "kd.second.weight=3"],
+            {"kd": 1.0, "second": 3.0},
+        ),
     ],
 )
 def test_distillation_terms_are_chosen_and_weighted_by_name(overrides: list[str], terms: dict[str, float]) -> None:

@@ -1,0 +1,144 @@
+import os
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cil import checkpoint
+
+CPU = torch.device("cpu")
+
+
+def state_of(**learner: torch.Tensor) -> dict[str, Any]:
+    return {"position": {"stage": 0, "epoch": 1}, "learner": dict(learner), "memory": {"exemplars": [[0, [1, 2]]]}}
+
+
+def learner_of(seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "network.weight": torch.randn(3, 2, generator=generator),
+        "network.steps": torch.tensor(7),
+        "teacher.network.weight": torch.randn(3, 2, generator=generator),
+    }
+
+
+def test_a_reader_sees_the_old_file_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "below" / "file"
+    checkpoint.write_atomically(path, lambda file: file.write(b"old"))
+
+    def torn(file: BinaryIO) -> None:
+        file.write(b"half of the n")
+        assert path.read_bytes() == b"old"
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space"):
+        checkpoint.write_atomically(path, torn)
+    assert path.read_bytes() == b"old"
+    checkpoint.write_atomically(path, lambda file: file.write(b"new"))
+    assert path.read_bytes() == b"new"
+    assert [entry.name for entry in path.parent.iterdir()] == ["file"]
+
+
+def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda number: (order.append("fsync"), fsync(number)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (order.append("replace"), replace(old, new)))
+    checkpoint.write_json(tmp_path / "file", {"a": 1})
+    assert order == ["fsync", "replace"]
+
+
+def test_json_holds_no_nan(tmp_path: Path) -> None:
+    checkpoint.write_json(tmp_path / "file.json", {"a": [1, None]})
+    assert (tmp_path / "file.json").read_text() == '{\n "a": [\n  1,\n  null\n ]\n}\n'
+    with pytest.raises(ValueError, match="JSON compliant"):
+        checkpoint.write_json(tmp_path / "file.json", {"a": float("nan")})
+    assert "null" in (tmp_path / "file.json").read_text()
+
+
+def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
+    state = state_of(**learner_of())
+    checkpoint.save_state(tmp_path, 3, state)
+    assert (tmp_path / "stage_003" / "state.pt").is_file()
+    found = checkpoint.load_state(tmp_path, CPU)
+    assert found is not None
+    assert found.pop("format") == checkpoint.FORMAT
+    learner, expected = found.pop("learner"), state.pop("learner")
+    assert found == state
+    assert {name: value.tolist() for name, value in learner.items()} == {k: v.tolist() for k, v in expected.items()}
+
+
+def test_a_run_without_a_state_starts_anew(tmp_path: Path) -> None:
+    assert checkpoint.load_state(tmp_path, CPU) is None
+    assert checkpoint.load_state(tmp_path / "nowhere", CPU) is None
+
+
+def test_a_finished_stage_keeps_the_weights_of_the_network_once(tmp_path: Path) -> None:
+    learner = learner_of()
+    checkpoint.save_stage(tmp_path, 0, state_of(**learner), {"stage": 0})
+    stored = torch.load(tmp_path / "stage_000" / "state.pt", weights_only=True)
+    assert list(stored["learner"]) == ["teacher.network.weight"]
+    weights = load_file(tmp_path / "stage_000" / "network.safetensors")
+    assert weights.keys() == {"weight", "steps"}
+    found = checkpoint.load_state(tmp_path, CPU)
+    assert found is not None
+    assert found["learner"].keys() == learner.keys()
+    assert all(found["learner"][name].equal(value) for name, value in learner.items())
+
+
+def test_weights_that_are_no_plain_memory_are_saved_too(tmp_path: Path) -> None:
+    weight = torch.randn(4, 3, 2, 2).contiguous(memory_format=torch.channels_last)
+    checkpoint.save_stage(tmp_path, 0, state_of(**{"network.a": weight, "network.b": weight[:2].mT}), {})
+    found = checkpoint.load_network(tmp_path / "stage_000", CPU)
+    assert found["a"].equal(weight)
+    assert found["b"].equal(weight[:2].mT)
+
+
+def test_the_newest_state_counts(tmp_path: Path) -> None:
+    for stage in (0, 1, 10, 2):
+        checkpoint.save_state(tmp_path, stage, state_of(**learner_of(stage)))
+    found = checkpoint.load_state(tmp_path, CPU)
+    assert found is not None
+    assert found["learner"]["network.weight"].equal(learner_of(10)["network.weight"])
+
+
+@pytest.mark.parametrize("content", [b"", b"not a file of torch", b"PK\x03\x04 broken"])
+def test_a_damaged_state_is_named_with_what_to_do(tmp_path: Path, content: bytes) -> None:
+    checkpoint.save_state(tmp_path, 1, state_of(**learner_of()))
+    path = tmp_path / "stage_001" / "state.pt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"state\.pt: damaged, cannot be read .*; remove it to go on from the stage"):
+        checkpoint.load_state(tmp_path, CPU)
+
+
+def test_a_state_that_would_run_code_is_not_loaded(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (os.mkdir, (str(tmp_path / "ran"),))
+
+    (tmp_path / "stage_000").mkdir()
+    torch.save({"format": checkpoint.FORMAT, "learner": Evil()}, tmp_path / "stage_000" / "state.pt")
+    with pytest.raises(ValueError, match="damaged"):
+        checkpoint.load_state(tmp_path, CPU)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_state_of_another_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "FORMAT", 99)
+    checkpoint.save_state(tmp_path, 0, state_of(**learner_of()))
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=f"written in format 99, this version reads format {checkpoint.FORMAT}"):
+        checkpoint.load_state(tmp_path, CPU)
+
+
+def test_missing_weights_of_a_finished_stage_are_named(tmp_path: Path) -> None:
+    checkpoint.save_stage(tmp_path, 0, state_of(**learner_of()), {})
+    path = tmp_path / "stage_000" / "network.safetensors"
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(ValueError, match=r"network\.safetensors: missing or damaged"):
+        checkpoint.load_state(tmp_path, CPU)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"network\.safetensors: missing or damaged"):
+        checkpoint.load_state(tmp_path, CPU)
