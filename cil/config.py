@@ -200,7 +200,8 @@ def check(tree: Mapping[str, Any]) -> Config:
         if isinstance(part, Mapping) and isinstance(part.get("name"), str):
             own = {"name"} | (set(Data.model_fields) if key == "data" else set())
             values = {name: value for name, value in part.items() if name not in own}
-            typed[key] = _check_part(registry, part["name"], values, key, problems, known=own) or {}
+            whole = _check_part(registry, part["name"], values, key, problems, known=own) or {}
+            typed[key] = {name: value for name, value in whole.items() if name not in own}
     data = tree.get("data")
     augment = data.get("augment") if isinstance(data, Mapping) else None
     typed_augment: dict[str, dict[str, Any] | None] = {}
@@ -299,7 +300,7 @@ def _check_distiller(
         registry[method](**typed)  # ranges are the constructor's own, since `kd` knows no config
     except ValueError as error:
         problems.append(f"kd.{name}: {error}")
-    return {"method": method, "weight": float(weight), **typed}
+    return {"method": method, "weight": weight, **typed}
 
 
 def _validated(

@@ -197,7 +197,7 @@ def test_the_switches_of_network_and_distillation_reach_what_is_built(learner: s
     assert distillation is not None
     (term,) = distillation.distillers.values()
     assert (term.temperature, term.reduction) == (1.0, "mean" if as_released else "batchmean")  # R2
-    assert config.data.augment["cutout"] == {"size": 16}  # R21
+    assert config.data.augment["cutout"] == {"size": 16, "holes": 1}  # R21
 
 
 def test_the_experiment_on_cifar100_is_the_scaled_recipe_of_the_release() -> None:

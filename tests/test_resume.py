@@ -130,18 +130,22 @@ def test_a_run_interrupted_after_every_single_checkpoint_ends_as_an_uninterrupte
 def test_a_run_interrupted_anywhere_any_number_of_times_ends_as_an_uninterrupted_one(
     run_tiny: RunTiny, whole_run: RunTiny, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    places = [(Engine, "batch"), (EventLog, "write"), (Engine, "evaluate"), (checkpoint, "write_atomically")]
-    places += [(Engine, "state"), (Engine, "fit"), (Engine, "begin"), (Engine, "finish"), (os, "replace")]
-    chance = random.Random(seed)
-    for _ in range(30):
-        owner, name = chance.choice(places)
+    #: Where to interrupt, and by which call at the latest.
+    places = [(Engine, "batch", 15), (Engine, "evaluate", 2), (Engine, "state", 3), (Engine, "fit", 1)]
+    places += [(Engine, "begin", 1), (Engine, "choose_exemplars", 1), (Engine, "finish", 1), (EventLog, "write", 8)]
+    places += [(checkpoint, "write_atomically", 4), (os, "replace", 4)]
+    chance, num_interruptions = random.Random(seed), 0
+    while True:
+        owner, name, latest = chance.choice(places)
         with monkeypatch.context() as patch:
-            call = chance.randint(1, 12)
-            interrupt(patch, owner, name, call, after=chance.random() < 0.5, what=KeyboardInterrupt)
+            call, after = chance.randint(1, latest), chance.random() < 0.5
+            interrupt(patch, owner, name, call, after=after, what=KeyboardInterrupt)
             try:
                 run_tiny(code=INTERRUPTED)
             except AssertionError:  # it came through
                 break
+        num_interruptions += 1
+    assert num_interruptions > 5
     assert_as_if_nothing_happened(run_tiny(), whole_run())
 
 
@@ -284,13 +288,14 @@ def test_the_teacher_of_a_resumed_run_is_the_one_that_was_saved(
 
 @pytest.mark.slow
 def test_a_killed_process_is_continued_by_the_same_command(tmp_path: Path, whole_run: RunTiny) -> None:
-    command = [sys.executable, "train_incremental.py", *tiny_command(tmp_path, "optim.epochs=2")]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "train_incremental.py", *tiny_command(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums depend on it
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
     state = tmp_path / "run" / "stage_001" / "state.pt"
     deadline = time.monotonic() + 120
     while not state.exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+    subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, check=True)
     assert_as_if_nothing_happened(tmp_path / "run", whole_run())

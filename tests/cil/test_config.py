@@ -81,9 +81,20 @@ def test_values_come_out_in_the_types_of_the_constructors() -> None:
     assert type(magnitude["magnitude"]) is float
 
 
-def test_a_part_holds_only_what_was_given() -> None:
-    assert check(TREE).learner.parameters.keys() == TREE["learner"].keys() - {"name"}
-    assert check(changed(TREE, data__augment={"flip": None, "crop": {}})).data.augment == {"flip": None, "crop": {}}
+def test_a_part_comes_out_whole_with_the_defaults_of_its_constructor() -> None:
+    given = changed(TREE, data__augment={"flip": None, "crop": {}}, learner={"name": "dkt", "separation": 0.5})
+    config = check(given)
+    keywords = [p for p in inspect.signature(learners["dkt"]).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    assert config.learner.parameters == {p.name: p.default for p in keywords} | {"separation": 0.5}
+    assert config.data.augment["flip"] is None
+    assert config.data.augment["crop"] == {"padding": 4}
+    assert check(config.model_dump(mode="json")) == config
+
+
+def test_what_belongs_to_every_data_set_is_kept() -> None:
+    data = check(changed(CIFAR, data__download=True, data__root="somewhere", data__validation=0.1)).data
+    assert (data.download, str(data.root), data.validation) == (True, "somewhere", 0.1)
+    assert data.parameters == {}
 
 
 def test_all_problems_are_found_at_once_each_on_a_line() -> None:
