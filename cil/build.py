@@ -151,7 +151,8 @@ class Run:
         transform = make_transform(config, data)
         network = make_network(config, data.train.input_shape)
         learner = make_learner(config, network).to(device, precision.dtype)
-        memory = ExemplarMemory(size=config.memory.size, budget=config.memory.budget, selection=config.memory.selection)
+        size = config.memory.size if learner.uses_memory else 0
+        memory = ExemplarMemory(size=size, budget=config.memory.budget, selection=config.memory.selection)
         eval_precision = precision
         if config.evaluation.precision is not None:
             eval_precision = Precision.resolve(config.evaluation.precision, device)

@@ -58,11 +58,15 @@ def compose(overrides: list[str], config_name: str = "train_incremental") -> dic
         if match is None and not override.startswith("~"):
             raise ConfigError([f"{override!r} is no override: write key=value, such as seed=1, or group=choice"])
         if match is not None and match[2] in known:
-            choices = [choice.strip() for choice in match[3].strip("[]").split(",") if choice.strip()]
-            for choice in choices:
-                if choice not in (*known[match[2]], "null"):
+            choices = [choice.strip() for choice in match[3].strip("[]").split(",")]
+            if len(choices) > 1 and match[2] != "kd":
+                raise ConfigError([f"{override}: one choice is needed; only kd takes several, as in kd=[dkt,kd]"])
+            for choice in choices if match[3] != "[]" else []:
+                if choice not in known[match[2]]:
                     raise ConfigError([f"{match[2]}={choice}: {unknown(match[2], choice, known[match[2]])}"])
             prepared.append(f"{match[2]}={match[3]}")
+        elif match is not None and match[2].split(".")[0] == "hydra":
+            raise ConfigError([f"{override}: has no effect, since Hydra only composes here; use runs_dir= and name="])
         elif match is not None:
             prepared.append(f"++{match[2]}={match[3]}")
         else:
@@ -77,7 +81,10 @@ def compose(overrides: list[str], config_name: str = "train_incremental") -> dic
         written, reason = error.override.removeprefix("++"), str(error).splitlines()[0]
         raise ConfigError([f"{written!r} cannot be read ({reason}); quote a value with special characters"]) from error
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError([line for line in str(error).splitlines() if line.strip()][: MAX_LINES - 1]) from error
+        lines = [line.replace("++", "") for line in str(error).splitlines() if line.strip()]
+        if "--multirun" in str(error):  # Hydra's sweeps, which are not offered
+            lines = [f"{lines[0].removesuffix(' requires --multirun')}: give one value, or a list as key=[1,2]"]
+        raise ConfigError(lines[: MAX_LINES - 1]) from error
     assert isinstance(tree, dict)
     plain = {str(key): value for key, value in tree.items()}
     plain["experiment"] = chosen.get("experiment")

@@ -275,7 +275,7 @@ def _check_part(
     known: AbstractSet[str] = frozenset(),
 ) -> dict[str, Any] | None:
     """All values of a part, in their declared types and with its defaults; None if there is a problem with them."""
-    where = key if key.startswith("data.augment") else f"{key}.name"
+    where = key if key.startswith("data.augment") else f"{key}.method" if key.startswith("kd.") else f"{key}.name"
     if not _known(registry, name, where, problems):
         return None
     checked: BaseModel | None = _validated(schema(registry[name]), values, f"{key}.", problems, known)

@@ -29,6 +29,8 @@ class Learner(nn.Module):
 
     #: Whether the method keeps the network of the last task, to distil from it.
     keeps_teacher: ClassVar[bool] = False
+    #: Whether the method trains on exemplars; if not, none are chosen, whatever the memory could hold.
+    uses_memory: ClassVar[bool] = True
     #: Whether the method is at a loss without exemplars.
     needs_memory: ClassVar[bool] = False
 

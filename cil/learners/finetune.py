@@ -22,6 +22,8 @@ class Finetune(Learner):
             `all` over every class seen, which pushes the old ones down.
     """
 
+    uses_memory = False
+
     def __init__(
         self, network: Network, distillation: WeightedSum | None = None, *, logits: Literal["new", "all"] = "new"
     ) -> None:

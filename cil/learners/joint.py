@@ -23,6 +23,8 @@ class Joint(Learner):
             `continue` goes on from the last task.
     """
 
+    uses_memory = False
+
     def __init__(
         self,
         network: Network,

@@ -84,6 +84,16 @@ def test_without_a_launcher_the_release_shows_half_of_an_epoch_in_one_order_for_
     assert len(first) == len(ids) // 2
 
 
+def test_the_tail_that_the_release_drops_in_fine_tuning_holds_the_newest_classes(run: Run) -> None:
+    """R4: the memory is read in class order, and what fills no whole batch is left out."""
+    batches, stage = Batches(run), stage_of(run, 2)
+    phase = phase_of("memory", sampling={"shuffle": False, "drop_last": True}, batch_size=16)
+    plan = batches.plan(batches.ids("memory", stage), stage, 1, phase, epoch=0)
+    shown = [run.samples.labels[some].tolist() for some, _ in plan]
+    assert [label for batch in shown for label in batch] == sorted(list(range(10)) * 5)[:48]
+    assert len(set(shown[0])) == 4
+
+
 @pytest.mark.parametrize(
     "phase",
     [

@@ -57,13 +57,22 @@ def refuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refuse:
         ("model.name=resnet", "model.name=resnet: unknown model 'resnet'"),
         ("memory.selection=herdin", "memory.selection=herdin: unknown selection rule 'herdin'; did you mean 'herding'"),
         ("data.augment.flipp={}", "data.augment.flipp=flipp: unknown augmentation 'flipp'; did you mean 'flip'?"),
-        ("kd.at.weight=1", "unknown distillation method 'at'"),
+        ("kd.at.weight=1", "kd.at.method=at: unknown distillation method 'at'. Known: cluster_separation, kd"),
+        ("kd=null", "kd=null: unknown kd 'null'"),
+        ("kd=", "kd=: unknown kd ''"),
+        ("learner=[dkt,replay]", "learner=[dkt,replay]: one choice is needed; only kd takes several"),
+        ("learner=dkt,replay", "learner=dkt,replay: one choice is needed; only kd takes several"),
+        ("seed=1,2", "'seed=1,2': give one value, or a list as key=[1,2]"),
+        ("seed=range(3)", "'seed=range(3)': give one value, or a list as key=[1,2]"),
+        ("hydra.run.dir=x", "hydra.run.dir=x: has no effect"),
         ("optim.optimizer=adamww", "unknown optimizer 'adamww'; did you mean 'adamw'?"),
         ("optim.schedule.name=cosin", "optim.schedule.name: input should be 'constant', 'cosine', 'multistep'"),
         ("scenario.class_order=order9", "class_order=order9: there is no such file"),
     ],
 )
-def test_an_unknown_name_is_refused_with_the_nearest_known_one(refuse: Refuse, override: str, expected: str) -> None:
+def test_an_unknown_name_or_choice_is_refused_with_the_nearest_known_one(
+    refuse: Refuse, override: str, expected: str
+) -> None:
     assert expected in refuse("experiment=tiny", override)
 
 
