@@ -88,8 +88,8 @@ def compose(overrides: list[str], config_name: str = "train_incremental") -> dic
     assert isinstance(tree, dict)
     plain = {str(key): value for key, value in tree.items()}
     plain["experiment"] = chosen.get("experiment")
-    if plain.get("name") is None:
-        plain["name"] = default_name(plain, chosen)
+    # a name such as 123 is read as a number
+    plain["name"] = default_name(plain, chosen) if plain.get("name") is None else str(plain["name"])
     return plain
 
 

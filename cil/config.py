@@ -27,7 +27,7 @@ class ConfigError(ValueError):
 class Section(BaseModel):
     """A part of the tree: unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Scenario(Section):
@@ -175,7 +175,7 @@ def schema(entry: type) -> type[BaseModel]:
         if parameter.kind is parameter.KEYWORD_ONLY:
             default = ... if parameter.default is parameter.empty else parameter.default
             fields[name] = (parameter.annotation, default)
-    return create_model(entry.__name__, __config__=ConfigDict(extra="forbid"), **fields)
+    return create_model(entry.__name__, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields)
 
 
 def check(tree: Mapping[str, Any]) -> Config:

@@ -33,7 +33,7 @@ class Schedule(BaseModel):
             rate of e - 1 and the first two epochs at `warmup_lr`.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: Literal["constant", "cosine", "multistep", "poly", "step", "tanh"] = "cosine"
     unit: Literal["epoch", "step"] = "epoch"
@@ -111,7 +111,7 @@ class Sampling(BaseModel):
             permutation every epoch.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     shuffle: bool = True
     views: int = Field(1, ge=1)
@@ -138,7 +138,7 @@ class Recipe(BaseModel):
         sampling: Order and choice of the samples of an epoch.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     optimizer: str = "adamw"
     lr: float = Field(5e-4, gt=0)

@@ -100,8 +100,12 @@ def test_accuracies_before_fine_tuning_stand_where_there_is_fine_tuning(whole_ru
 
 def test_the_memory_never_exceeds_its_size(whole_run: RunTiny, learner: str) -> None:
     run = whole_run(learner=learner)
-    assert metrics_of(run)["exemplars"] == [24, 24, 24]
     updates = [event for event in facts_of(run) if event["event"] == "memory_updated"]
+    if learner in ("finetune", "joint"):  # they train on no exemplars, so none are chosen
+        assert metrics_of(run)["exemplars"] == [0, 0, 0]
+        assert updates == []
+        return
+    assert metrics_of(run)["exemplars"] == [24, 24, 24]
     assert [(event["num_exemplars"], event["per_class"]) for event in updates] == [(24, 12), (24, 6), (24, 4)]
     for stage in range(3):
         exemplars = json.loads((run / f"stage_{stage:03}" / "stage.json").read_text())["exemplars"]["exemplars"]
