@@ -31,7 +31,9 @@ def row(folder: Path) -> str:
     metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
     events = read_events(folder / "events.jsonl")
     stages = [event for event in events if event["event"] == "stage_finished"]
-    rate = statistics.median(event["images_per_second"] for event in events if event["event"] == "epoch")
+    rate = statistics.median(
+        event["images_per_second"] for event in events if event.get("phase") == "training" and event["event"] == "epoch"
+    )
     cells = [
         folder.name + ("" if metrics["finished"] else " (unfinished)"),
         percent(metrics["accuracy_after"]),
