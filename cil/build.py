@@ -144,6 +144,8 @@ class Run:
         Raises:
             ValueError: If a part cannot be built as configured.
         """
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
         device = resolve_device(config.device)
         precision = Precision.resolve(config.precision, device)
         data = open_data(config)

@@ -127,6 +127,8 @@ class Config(Section):
         experiment: The experiment this came from, for the record.
         seed: Everything random comes from it, but not the class order.
         device: `auto`, `cpu`, `cuda`, `cuda:1`.
+        num_threads: Threads of the processor; null leaves it to torch. Small networks are hardly slower with one, and
+            much faster where another job keeps a core busy.
         precision: Number format of training; `auto` is bf16 where the hardware has it.
         evaluate_on: The test set, or the images held out by `data.validation`.
         data: The data set.
@@ -145,6 +147,7 @@ class Config(Section):
     experiment: str | None = None
     seed: int = Field(0, ge=0, lt=2**63)
     device: str = "auto"
+    num_threads: int | None = Field(None, gt=0)
     precision: PrecisionName = "auto"
     evaluate_on: Literal["test", "validation"] = "test"
     data: Data
