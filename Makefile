@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check soak format clean
+.PHONY: demo test check soak bench format clean
 
 demo: $(INSTALLED)
 	$(BIN)/python train_incremental.py experiment=demo
@@ -20,6 +20,9 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/kd/test_imports.py
+
+bench: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

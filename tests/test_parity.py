@@ -10,6 +10,7 @@ from tests.parity.case import Array, Case, read_cases
 from tests.parity.runner import check, main
 
 GOLDENS = Path(__file__).parent / "goldens" / "dkt.npz"
+DISTILLATION = Path(__file__).parent / "goldens" / "kd.npz"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -36,6 +37,35 @@ def test_every_golden_case_passes(capsys):
     assert {line.split("/")[0] for line in lines} == {"dkt", "dytox", "herding", "merge", "metrics", "schedule"}
     assert all(re.fullmatch(r"\S+ PASS [-+.e\d]+ [-+.e\d]+", line) for line in lines)
     assert count == f"{len(lines)} cases: {len(lines)} passed, 0 failed"
+
+
+@pytest.fixture(scope="module")
+def distillation() -> dict[str, Case]:
+    return {case.name: case for case in read_cases(DISTILLATION)}
+
+
+DISTILLATION_CASES = [case.name for case in read_cases(DISTILLATION)]
+
+
+def test_there_are_all_cases_of_the_distillation_systems():
+    assert len(DISTILLATION_CASES) == 37
+
+
+@pytest.mark.parametrize("name", DISTILLATION_CASES)
+def test_every_golden_case_of_distillation_passes(name, distillation):
+    comparison = check(distillation[name])
+    assert not comparison.misses
+    assert comparison.num_compared
+
+
+@pytest.mark.parametrize("name", DISTILLATION_CASES)
+def test_every_wrong_array_of_distillation_is_a_miss(name, distillation):
+    case = distillation[name]
+    groups = ("out/", "grad/", "grad_", "after/")
+    wrong = {key: spoilt(array) for key, array in case.arrays.items() if key.startswith(groups) and array.dtype != bool}
+    wrong |= {key: ~array for key, array in case.arrays.items() if key.startswith(groups) and array.dtype == bool}
+    missed = {miss.split(": ")[0] for miss in check(changed(case, **wrong)).misses}
+    assert wrong.keys() == missed
 
 
 def test_every_array_of_the_goldens_is_read(cases):

@@ -6,6 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kd.base import Batch, Distiller, Outputs, distillers
+from kd.distributed import gathered
 from kd.precision import full_precision, no_autocast
 
 _SMALLEST_NORM = 1e-8  # under the cosine, as in torch's cosine_similarity
@@ -62,7 +63,9 @@ class ClusterSeparation(Distiller):
             return z @ u.T
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Float[Tensor, ""]:
-        """The weighted mean over all pairs of student and teacher embeddings."""
+        """The weighted mean over all pairs of student and teacher embeddings, of all processes."""
+        read = Outputs(student.logits, student.embedding), Outputs(teacher.logits, teacher.embedding)
+        student, teacher, batch = gathered(*read, batch)
         z, u = student.embedding, teacher.embedding
         if z is None or u is None:
             raise ValueError("cluster_separation compares embeddings, but the student or the teacher gives none")

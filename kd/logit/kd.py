@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from kd.base import Batch, Distiller, Outputs, distillers
+from kd.base import Batch, Distiller, Outputs, check_same_classes, distillers
 from kd.precision import full_precision
 
 Reduction = Literal["batchmean", "mean"]
@@ -43,11 +43,7 @@ class KD(Distiller):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Float[Tensor, ""]:
         """The divergence of the student from the teacher, times $T^2$."""
-        if student.logits.shape != teacher.logits.shape:
-            raise ValueError(
-                f"kd compares the same classes: found logits {tuple(student.logits.shape)} of the student and "
-                f"{tuple(teacher.logits.shape)} of the teacher; cut the student's with Outputs.first(num_classes)"
-            )
+        check_same_classes("kd", student, teacher)
         log_q = F.log_softmax(full_precision(student.logits) / self.temperature, dim=1)
         log_p = F.log_softmax(full_precision(teacher.logits.detach()) / self.temperature, dim=1)
         num_terms = log_p.shape[0] if self.reduction == "batchmean" else log_p.numel()

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +13,7 @@ from kd.logit.kd import KD
 from tests.parity.case import Array, Case, Comparison
 
 SCALED_TOLERANCE = 1e-10
+SINGLE_TOLERANCE = 1e-6  # of arrays that the file has in float32
 DIFFERENT = 1e-6  # a negative control must be this far off
 
 
@@ -76,10 +78,11 @@ def check_operation(case: Case, comparison: Comparison) -> None:
         message = f"the operation {name!r} is unknown; known: {', '.join(operations)}"
         (comparison.excused if expect == "optional" else comparison.misses).append(message)
         return
+    exact = expect != "finite"  # computed in float64, whatever the file has
     problem = Problem(
         {key: case[f"hp/{key}"] for key in case.names("hp/")},
-        {key: _leaf(value) for key, value in case.group("in/").items()},
-        {key: _leaf(value) for key, value in case.group("param/").items()},
+        {key: _leaf(value, exact) for key, value in case.group("in/").items()},
+        {key: _leaf(value, exact) for key, value in case.group("param/").items()},
     )
     answer = operations[name](problem)
     leaves = problem.params | problem.inputs | answer.leaves
@@ -97,22 +100,32 @@ def check_operation(case: Case, comparison: Comparison) -> None:
         raise LookupError(f"hp/expect must be equal, finite, differ or optional, found {expect!r}")
 
 
-def _leaf(value: Tensor) -> Tensor:
+def _leaf(value: Tensor, exact: bool) -> Tensor:
+    if exact and value.is_floating_point():
+        value = value.double()
     return value.requires_grad_(value.is_floating_point())
 
 
 def _compare(case: Case, comparison: Comparison, answer: Answer, leaves: dict[str, Tensor]) -> None:
     for group, found in (("out", answer.out), ("after", answer.after)):
         for name in case.names(f"{group}/"):
-            comparison.scaled(f"{group}/{name}", found[name], case[f"{group}/{name}"], SCALED_TOLERANCE)
+            if name in found:
+                _scaled(case, comparison, f"{group}/{name}", found[name])
+            else:
+                comparison.misses.append(f"{group}/{name}: this operation has none, known: {', '.join(found)}")
     for group in sorted({key.split("/")[0] for key in case.arrays if key.startswith("grad")}):
         scalar = answer.out[group.removeprefix("grad").removeprefix("_") or "loss"]
         for name in case.names(f"{group}/"):
-            gradient = _gradient(scalar, leaves[name])
-            comparison.scaled(f"{group}/{name}", gradient, case[f"{group}/{name}"], SCALED_TOLERANCE)
+            _scaled(case, comparison, f"{group}/{name}", _gradient(scalar, leaves[name]))
     # no loss sends a gradient to its teacher
     if "teacher" in leaves and "grad/teacher" not in case and answer.out["loss"].requires_grad:
         comparison.true("the teacher gets no gradient", not _gradient(answer.out["loss"], leaves["teacher"]).any())
+
+
+def _scaled(case: Case, comparison: Comparison, key: str, found: Tensor) -> None:
+    golden = case[key]
+    tolerance = SINGLE_TOLERANCE if golden.dtype == np.float32 else SCALED_TOLERANCE
+    comparison.scaled(key, found, golden, tolerance)
 
 
 def _gradient(scalar: Tensor, leaf: Tensor) -> Tensor:
