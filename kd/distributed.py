@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Shaped
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kd.base import Batch, Outputs
 
@@ -42,11 +41,25 @@ class _Gather(torch.autograd.Function):
         return torch.cat([part[:length] for part, length in zip(shares, lengths, strict=True)])
 
     @staticmethod
-    @once_differentiable  # what is summed over the processes here could not be differentiated again
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        gradient = gradients[0].contiguous().clone()
-        dist.all_reduce(gradient)
-        return torch.split(gradient, ctx.lengths)[rank()], None
+        share: Tensor = _Sum.apply(gradients[0], ctx.lengths)
+        return share, None
+
+
+class _Sum(torch.autograd.Function):
+    """The share of this process of the sum over the processes: the backward of `_Gather`, and the other way round."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, lengths: list[int]) -> Tensor:
+        ctx.lengths = lengths
+        total = whole.contiguous().clone()
+        dist.all_reduce(total)
+        return torch.split(total, lengths)[rank()].clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        whole: Tensor = _Gather.apply(gradients[0], ctx.lengths)
+        return whole, None
 
 
 def share_lengths(length: int, device: torch.device) -> list[int]:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -156,10 +157,12 @@ class Tapped(nn.Module):
         inputs: Name of a tap to the path of the module whose first input it takes.
         embedding: Path of the module whose first input is the embedding, the classifier; None keeps that of `Outputs`.
         head: Path of a linear classifier of the pooled map; adds the tap "class_maps", made of the tap "last".
+        cosine: The head compares directions: the class maps are made with $w_k / \\|w_k\\|$, as in `kd.cam.CAM`, which
+            checks a head.
 
     Raises:
-        ValueError: If there is no such path, or `head` is given without a tap "last"; on use, if the embedding is no
-            vector or the head is not linear.
+        ValueError: If there is no such path, `head` is given without a tap "last", or `cosine` without a head; on use,
+            if the embedding is no vector or the head is not linear.
     """
 
     def __init__(
@@ -170,13 +173,17 @@ class Tapped(nn.Module):
         *,
         embedding: str | None = None,
         head: str | None = None,
+        cosine: bool = False,
     ) -> None:
         super().__init__()
+        if cosine and head is None:
+            raise ValueError("cosine=True is about the head, found none: name its path")
         self.network = network
         self.outputs = dict(outputs or {})
         self.inputs = dict(inputs or {})
         self.read_by_head = {} if embedding is None else {"embedding": embedding}
         self.head = head
+        self.cosine = cosine
         Taps(network, self.outputs, self.inputs).remove()  # refuses what it does not know
         for path in filter(None, [embedding, head]):
             _find(network, path)
@@ -199,7 +206,7 @@ class Tapped(nn.Module):
             from kd.cam import class_maps, linear_weight  # which reads taps itself
 
             weight = linear_weight(self.network.get_submodule(self.head))
-            found["class_maps"] = class_maps(found["last"], weight)
+            found["class_maps"] = class_maps(found["last"], F.normalize(weight, dim=1) if self.cosine else weight)
         return Outputs(said.logits, embedding, {**said.taps, **found}, said.views)
 
     def _as_vectors(self, embedding: Tensor) -> Float[Tensor, "batch width"]:

@@ -16,13 +16,17 @@ Variant = Literal["code", "paper"]
 Maps = Float[Tensor, "batch channels height width"]
 OtherMaps = Float[Tensor, "batch other_channels other_height other_width"]
 
-_NO_CLASS = -100  # labels that cross_entropy leaves out
+_NO_CLASS = -1  # stands for every class that one of the networks does not know
+_SMALLEST = 1e-12  # of a map that has a direction, as in F.normalize
+_SMALLEST_LENGTH = 1e-30  # of a gradient by logits, whose inverse float32 can still hold
+_GRADIENT_SCALE = 1024.0  # keeps gradients within float16 and is divided out, as of a GradScaler with sums of 64
 
 
 def attention_map(features: Maps, p: float = 2.0, *, signed: bool = False) -> Float[Tensor, "batch places"]:
     """Where a map is active, as one unit vector per sample: $Q / \\|Q\\|_2$ with $Q = \\mathrm{vec}(\\sum_c |f_c|^p)$.
 
-    Permuting the channels, or scaling them all by one factor, changes nothing. A map of zeros gives zeros.
+    Permuting the channels, or scaling them all by one factor, changes nothing. A map that is as good as zero, below
+    1e-12 or the normal numbers of its type, gives zeros.
 
     Args:
         features: Feature maps.
@@ -30,10 +34,11 @@ def attention_map(features: Maps, p: float = 2.0, *, signed: bool = False) -> Fl
         signed: Take $f^p$ instead, as releases write it: the same for even p and behind a ReLU. For a p that is no
             whole number, of which negative numbers have no power, it changes nothing.
     """
+    smallest = max(_SMALLEST, torch.finfo(features.dtype).tiny)
     features = full_precision(features)
-    # the length is divided out below; without this high powers of large numbers overflow
+    # the length is divided out below; without this high powers of large numbers overflow, of small ones vanish
     largest = features.detach().abs().amax((1, 2, 3), keepdim=True)
-    scaled = features * (largest > 0) / largest.clamp_min(1.0)  # nothing is learned from a map without direction
+    scaled = features * (largest >= smallest) / largest.clamp_min(smallest)
     powers = scaled ** int(p) if signed and p == int(p) else scaled.abs() ** p
     return F.normalize(reduce(powers, "b c h w -> b (h w)", "mean"), dim=1)
 
@@ -144,9 +149,22 @@ def _sensitivity(outputs: Outputs, stages: list[str], labels: Int[Tensor, " batc
     keep = "use frozen(network, keep_graph=True)" if owner == "teacher" else "it must run with gradients"
     if not outputs.logits.requires_grad or not all(feature.requires_grad for feature in features):
         raise ValueError(f"at_gradient: the {owner} has no graph from its taps to its logits; {keep}")
-    loss = F.cross_entropy(full_precision(outputs.logits), labels, reduction="sum", ignore_index=_NO_CLASS)
+    logits = full_precision(outputs.logits)
+    is_label = labels[:, None] == torch.arange(logits.shape[1], device=labels.device)
+    wrong = F.softmax(logits, dim=1).masked_fill(is_label, 0)
+    # the cross-entropy by the logits: of the label minus the sum of the others, since p - 1 is 0 when all but sure
+    by_logits = torch.where(is_label, -wrong.sum(dim=1, keepdim=True), wrong) * is_label.any(dim=1, keepdim=True)
+    if owner == "teacher":
+        # Sure of itself, its gradients would be 0 in float16. Their lengths are divided out later, and in evaluation
+        # mode each sample has its own. The student's samples meet in BatchNorm, where factors would not divide out.
+        by_logits = F.normalize(by_logits, dim=1, eps=_SMALLEST_LENGTH)
     gradients = torch.autograd.grad(
-        loss, features, create_graph=owner == "student", retain_graph=True, allow_unused=True
+        logits,
+        features,
+        _GRADIENT_SCALE * by_logits,
+        create_graph=owner == "student",
+        retain_graph=True,
+        allow_unused=True,
     )
     for name, gradient in zip(stages, gradients, strict=True):
         if gradient is None:

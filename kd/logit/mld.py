@@ -70,7 +70,8 @@ class MLD(Distiller):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Float[Tensor, ""]:
         """The sum of the three levels."""
-        student, teacher, _ = gathered(self._only_logits(student), self._only_logits(teacher), batch)
+        read = self._only_logits(student, "student"), self._only_logits(teacher, "teacher")
+        student, teacher, _ = gathered(*read, batch)
         return total(self.terms(student, teacher).values())
 
     def terms(self, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
@@ -99,10 +100,11 @@ class MLD(Distiller):
             losses[name] = losses[name] + strong
         return losses
 
-    def _only_logits(self, outputs: Outputs) -> Outputs:
+    def _only_logits(self, outputs: Outputs, who: str) -> Outputs:
         """Without what this loss does not read, so that it is not sent between processes."""
-        strong = {} if self.views == "weak" else {"strong": self._strong(outputs, "network")}
-        return Outputs(outputs.logits, views={name: Outputs(view.logits) for name, view in strong.items()})
+        if self.views == "weak":
+            return Outputs(outputs.logits)
+        return Outputs(outputs.logits, views={"strong": Outputs(self._strong(outputs, who).logits)})
 
     def _strong(self, outputs: Outputs, who: str) -> Outputs:
         if "strong" not in outputs.views:

@@ -121,6 +121,13 @@ def test_any_features_give_a_finite_loss_in_any_format(dtype, variant, p, size):
     assert student.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("p", [1.0, 2.0, 4.0])
+def test_small_features_and_gradients_have_a_direction(p):
+    features = maps(2, 4, 4, 4)
+    torch.testing.assert_close(attention_map(1e-9 * features, p), attention_map(features, p))
+    assert not attention_map(1e-15 * features, p).any()
+
+
 def test_networks_of_two_families_are_compared():
     batch = batch_of(2)
     assert AT()(mobilenet()(images()), frozen(resnet("resnet10t"))(images()), batch).isfinite()
@@ -244,6 +251,21 @@ def test_certain_networks_give_a_finite_gradient_loss(dtype):
     assert value.isfinite()
     assert features[0].grad.isfinite().all()
     assert features[1].grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_teacher_that_is_sure_of_itself_teaches_in_any_format(dtype):
+    """Only the scale of its gradients depends on how sure it is of a class, if the order of the others stays."""
+    student, teacher = small(0).eval(), small(1)
+    teacher(PICTURES), student(PICTURES)
+    labels, values = torch.zeros(4, dtype=torch.int64), []
+    batch = Batch(PICTURES, labels, torch.arange(4))
+    for margin in (10.0, 40.0):
+        with torch.no_grad():
+            teacher.network[-1].bias.copy_(torch.tensor([margin, 0.0, 0.0]))
+        with torch.autocast("cpu", dtype):
+            values.append(ATGradient()(student(PICTURES), frozen(teacher, keep_graph=True)(PICTURES), batch))
+    torch.testing.assert_close(values[0], values[1], rtol=0.02, atol=0.02)
 
 
 def test_a_missing_graph_is_refused_with_the_way_out():

@@ -33,7 +33,7 @@ class Noisy(nn.Module):
         super().__init__()
         self.bn = nn.BatchNorm2d(3)
         self.dropout = nn.Dropout()
-        self.calls = nn.Buffer(torch.zeros(1))
+        self.calls, self.replaced = nn.Buffer(torch.zeros(1)), nn.Buffer(torch.zeros(1))
 
     def train(self, mode: bool = True) -> "Noisy":
         super().train(mode)
@@ -42,6 +42,7 @@ class Noisy(nn.Module):
 
     def forward(self, x: torch.Tensor) -> Outputs:
         self.calls += 1
+        self.replaced = self.replaced + 1
         return Outputs(self.dropout(self.bn(x)).mean((2, 3)))
 
 

@@ -44,6 +44,12 @@ def pairing_gradients(lengths: list[int]) -> list[Tensor]:
     return [all_reduce_sum(gradient) / world_size() for gradient in gradients]
 
 
+def slope_of_the_slope(rows: Tensor) -> Tensor:
+    (slope,) = torch.autograd.grad((gather(rows) ** 2).sum(0).prod(), [rows], create_graph=True)
+    (second,) = torch.autograd.grad(slope.sum(), [rows])
+    return second / world_size()
+
+
 def gathering() -> dict[str, object]:
     """Everything that the tests below ask of one pair of processes."""
     found: dict[str, object] = {"rank": rank(), "world_size": world_size()}
@@ -65,6 +71,7 @@ def gathering() -> dict[str, object]:
     found["again is the same"] = all(first is second for first, second in zip(once, twice, strict=True))
     frozen, learning = whole(0, 2), whole(1, 2).requires_grad_()
     found["needs gradient"] = [gather(frozen).requires_grad, gather(learning).requires_grad]
+    found["slope of the slope"] = slope_of_the_slope(learning)
     return found
 
 
@@ -136,6 +143,11 @@ def test_what_is_gathered_is_not_gathered_again(processes):
 
 def test_only_what_learns_asks_for_gradients(processes):
     assert all(found["needs gradient"] == [False, True] for found in processes)
+
+
+def test_a_gradient_through_it_can_be_differentiated_again(processes):
+    alone = slope_of_the_slope(torch.cat([whole(1, 2), whole(1, 2)]).requires_grad_())
+    torch.testing.assert_close(torch.cat([found["slope of the slope"] for found in processes]), alone)
 
 
 @settings(max_examples=20)

@@ -295,7 +295,9 @@ def test_a_budget_holds_for_every_candidate():
 
 
 def test_multiply_adds_by_hand():
-    assert multiply_adds(nn.Conv2d(3, 5, 3, padding=1), torch.zeros(2, 3, 4, 4)) == 2 * 4 * 4 * 5 * 3 * 9
+    network = nn.Conv2d(3, 5, 3, padding=1)
+    assert multiply_adds(network, torch.zeros(2, 3, 4, 4)) == 2 * 4 * 4 * 5 * 3 * 9
+    assert network.training
 
 
 def test_a_budget_that_nothing_keeps_to_is_refused():

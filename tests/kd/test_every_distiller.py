@@ -1,8 +1,10 @@
 """What holds for every registered distillation method, whatever it compares."""
 
 import inspect
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -155,3 +157,22 @@ def test_a_stored_distiller_goes_on_where_it_was(name, tmp_path):
         torch.manual_seed(7)
         losses.append(distiller(*outputs, batch()).item())
     assert losses[0] == losses[1]
+
+
+def test_feature_maps_that_it_does_not_read_are_not_sent_between_processes(name, monkeypatch):
+    if name == "crd":
+        return  # it sends everything
+    student, teacher = pair()
+    distiller = made(name, student, teacher)
+    sent: list[Outputs] = []
+
+    def gathered(*said: Any) -> Any:
+        sent.extend(said[:2])
+        return said
+
+    monkeypatch.setattr(sys.modules[type(distiller).__module__], "gathered", gathered, raising=False)
+    distiller(student(batch().images), teacher(batch().images), batch())
+    for outputs in sent:
+        views = [outputs, *outputs.views.values()]
+        assert sum(len(view.taps) for view in views) <= int(bool(distiller.needs & {"taps", "class_maps"}))
+        assert "embedding" in distiller.needs or all(view.embedding is None for view in views)

@@ -173,6 +173,8 @@ def test_a_state_of_another_rule_is_refused():
     distillation = eskd(Plateau(patience=2))
     with pytest.raises(ValueError, match="saved under another rule"):
         distillation.load_state_dict(saved(eskd(LastDrop(num_drops=1))))
+    with pytest.raises(ValueError, match="saved under another rule"):
+        eskd(None).load_state_dict(saved(distillation))
 
 
 def test_a_rule_says_what_it_was_not_told():

@@ -284,3 +284,32 @@ def test_a_teacher_with_a_graph_gives_gradients_at_its_taps_and_none_to_itself()
     with torch.no_grad():
         assert teacher(IMAGES).logits.requires_grad, "a teacher is often asked inside no_grad"
     assert not Frozen(teacher.network)(IMAGES).logits.requires_grad
+
+
+def test_class_maps_of_a_cosine_head_are_made_of_directions():
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2, bias=False))
+    said = Tapped(network, {"last": "0"}, head="3", cosine=True)(images())
+    lengths = network[3].weight.norm(dim=1)
+    torch.testing.assert_close(said.taps["class_maps"].mean((2, 3)) * lengths, said.logits)
+    with pytest.raises(ValueError, match="cosine=True is about the head, found none"):
+        Tapped(network, {"last": "0"}, cosine=True)
+
+
+def test_a_frozen_network_evaluates_whatever_its_own_train_does():
+    class KeepsTraining(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4)
+
+        def train(self, mode: bool = True) -> "KeepsTraining":
+            super().train(mode)
+            self.norm.train()
+            return self
+
+        def forward(self, x: torch.Tensor) -> Outputs:
+            return Outputs(self.norm(x))
+
+    teacher = frozen(KeepsTraining()).train()
+    teacher(IMAGES + 5)
+    assert not teacher.network.norm.training
+    assert not teacher.network.norm.running_mean.any()
