@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cil.config import Config
-from cil.data import DataSet, ImageSet, Transform, augmentations, data_sets, validation_split
+from cil.config import Config, Counting, counting_of
+from cil.data import DataSet, Images, Transform, augmentations, data_sets, validation_split
 from cil.evaluation import Reader
 from cil.learners.base import Learner, learners
 from cil.memory import ExemplarMemory
@@ -30,9 +30,9 @@ class Samples:
         eval_split: "test" or "validation".
     """
 
-    images: ImageSet
+    images: Images
     labels: Tensor
-    eval_images: ImageSet
+    eval_images: Images
     eval_labels: Tensor
     transform: Transform
     eval_split: str
@@ -82,12 +82,15 @@ def make_network(config: Config, input_shape: tuple[int, int, int]) -> Network:
 
 def make_distillation(config: Config) -> WeightedSum | None:
     """The distillation terms of a config; None if there are none."""
-    terms = {}
+    terms, schedules = {}, {}
     for name, values in config.kd.items():
-        parameters = {key: value for key, value in values.items() if key not in ("method", "weight")}
+        counting = counting_of(values)
+        parameters = {key: value for key, value in values.items() if key not in {"method", "weight", *counting}}
+        if counting:
+            schedules[name] = Counting(**counting).schedule()
         with seeded(config.seed, "kd", name):
             terms[name] = (float(values.get("weight", 1.0)), distillers[values.get("method", name)](**parameters))
-    return WeightedSum(terms) if terms else None
+    return WeightedSum(terms, schedules=schedules) if terms else None
 
 
 def make_learner(config: Config, network: Network) -> Learner:

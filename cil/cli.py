@@ -3,8 +3,13 @@
 import os
 import re
 import sys
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cil.build import Run
+    from cil.config import Config
 
 MAX_LINES = 12  # of a message about a user's mistake
 USAGE = """\
@@ -15,6 +20,7 @@ Trains a class-incremental learner task after task. Everything is composed of th
 Single values:    seed=1 scenario.increment=10 memory.size=500 optim.epochs=20 precision=bf16 name=my_run
 Several terms:    kd=[dkt,kd] kd.kd.weight=0.5         Without:  kd=none data.augment.cutout=null
 Show, do not run: --cfg        prints the composed config
+                  plan=true    prints steps, parameters, memory and time of every task
 Start again:      overwrite=true  (moves the old run folder aside)
 
 The same command again goes on where an interrupted run stopped.
@@ -102,8 +108,22 @@ def default_name(tree: dict[str, Any], choices: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None, program: str = "train_incremental.py") -> int:
-    """Run one command; returns the exit code: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted."""
+    """Run one command; returns the exit code: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted.
+
+    Of the processes that torchrun starts, rank 0 speaks for all.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
+    if "RANK" in os.environ:  # torch's own notes about DistributedDataParallel are no news to a user
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    with nullcontext() if _is_first() else redirect_stdout(None):
+        return _main(arguments, program)
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _main(arguments: list[str], program: str) -> int:
     if any(argument in ("-h", "--help") for argument in arguments):
         listing = "\n".join(f"  {name:12s}{' '.join(choices)}" for name, choices in groups().items())
         print(USAGE.format(program=program, groups=listing))
@@ -112,6 +132,8 @@ def main(arguments: list[str] | None = None, program: str = "train_incremental.p
     try:
         return _run([argument for argument in arguments if argument != "--cfg"], show)
     except KeyboardInterrupt:
+        if not _is_first():
+            return 130
         print("interrupted; the same command again goes on from the last checkpoint", file=sys.stderr)
         return 130
 
@@ -129,31 +151,24 @@ def _run(overrides: list[str], show: bool) -> int:
 
             print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
             return 0
-        from cil.build import Run
-        from cil.folder import open_folder, read_metrics
-
-        run = Run.build(config)
-        finished = open_folder(config)
+        if config.plan:
+            return _plan(config) if _is_first() else 0
+        run, finished = _prepare(config)
     except ValueError as error:
-        return _refuse(error)
-    except OSError as error:
-        return _refuse(ValueError(f"{error.filename or ''}: {error.strerror or error}".lstrip(": ")))
-    from cil.engine import Engine, RunFailed
-    from cil.events import EventLog
-    from cil.report import write_report
-
+        return _refuse(error) if _is_first() else 2
     if finished:
         print(f"{config.name} is finished already; overwrite=true runs it again")
     else:
         print(f"{config.name}: {run.tasks.describe()}")
-        try:
-            with EventLog(config.folder / "events.jsonl") as log:
-                Engine(run, log).run()
-        except ValueError as error:  # what a person can fix and only shows now: a damaged checkpoint, too few samples
-            return _refuse(error)
-        except (RunFailed, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
+        if code := _train(run):
+            return code
+    from cil import distributed
+    from cil.folder import read_metrics
+    from cil.report import write_report
+
+    distributed.stop()
+    if not _is_first():
+        return 0
     report = write_report(config.folder)
     metrics = read_metrics(config.folder)
     print(
@@ -162,6 +177,82 @@ def _run(overrides: list[str], show: bool) -> int:
     )
     print(f"run     {_short(config.folder)}")
     print(f"report  {_short(report)}")
+    return 0
+
+
+def _plan(config: "Config") -> int:
+    """Say what a run will take; returns the exit code.
+
+    Raises:
+        ValueError: If a part of the run cannot be built as configured.
+    """
+    from rich.console import Console
+
+    from cil.engine import RunFailed
+    from cil.plan import plan
+    from cil.plan_table import as_text
+
+    try:
+        with Console(stderr=True).status("planning: a few steps of every task ..."):
+            text = as_text(plan(config))
+    except OSError as error:
+        raise ValueError(f"{error.filename or ''}: {error.strerror or error}".lstrip(": ")) from error
+    except RunFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(text, end="")
+    return 0
+
+
+def _prepare(config: "Config") -> tuple["Run", bool]:
+    """Build the parts of a run and open its folder; tells whether it is finished. All processes stop if one cannot.
+
+    Raises:
+        ValueError: What keeps the first process from going on that cannot.
+    """
+    from cil import distributed
+    from cil.build import Run
+    from cil.folder import open_folder
+    from cil.precision import resolve_device
+
+    distributed.start(resolve_device(config.device))
+    run, finished, problem = None, False, None
+    try:
+        run = Run.build(config)
+        finished = _is_first() and open_folder(config)
+    except ValueError as error:
+        problem = str(error)
+    except OSError as error:
+        problem = f"{error.filename or ''}: {error.strerror or error}".lstrip(": ")
+    distributed.agree(problem)
+    assert run is not None
+    return run, distributed.broadcast(finished)
+
+
+def _train(run: "Run") -> int:
+    """Train to the end; returns the exit code."""
+    from cil import distributed
+    from cil.engine import Engine, RunFailed
+    from cil.events import EventLog, SilentLog
+
+    try:
+        with EventLog(run.config.folder / "events.jsonl") if _is_first() else SilentLog() as log:
+            Engine(run, log).run()
+    except ValueError as error:  # what a person can fix and only shows now: a damaged checkpoint, too few samples
+        return _refuse(error) if distributed.first_to_speak() else 2
+    except (RunFailed, OSError) as error:
+        if distributed.first_to_speak():
+            print(f"error: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if not distributed.is_lost_connection(error):
+            raise
+        if distributed.first_to_speak():
+            print(
+                "error: another process of this run died; the same command goes on from the last checkpoint",
+                file=sys.stderr,
+            )
+        return 1
     return 0
 
 

@@ -12,8 +12,13 @@ from pydantic_core import ErrorDetails
 from cil.optim import Recipe
 from cil.precision import PrecisionName
 from kd.registry import Registry, unknown
+from kd.schedule import Schedule, stop_rules
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._+=-]*$"
+
+
+#: What the outputs of a learner's networks hold (`Distiller.needs`).
+HANDED_OVER = {"logits", "embedding", "labels"}
 
 
 class ConfigError(ValueError):
@@ -117,6 +122,35 @@ class Data(Part):
     augment: dict[str, dict[str, Any] | None] = {}
 
 
+class Counting(Section):
+    """When a distillation term counts; epochs are those of a phase.
+
+    Attributes:
+        warmup_epochs: Its weight grows in a straight line over so many epochs; 0 starts with all of it.
+        epoch_base: What the first epoch counts as in that.
+        stop: The rule that ends it, by its name under `rule` with its parameters; null for none.
+    """
+
+    warmup_epochs: int = 0
+    epoch_base: Literal[0, 1] = 1
+    stop: dict[str, Any] | None = None
+
+    def schedule(self) -> Schedule:
+        """The schedule of one term.
+
+        Raises:
+            ValueError: If a value is out of range or has no effect.
+        """
+        stop = dict(self.stop or {})
+        rule = stop_rules[stop.pop("rule")](**stop) if self.stop is not None else None
+        return Schedule(warmup_epochs=self.warmup_epochs, epoch_base=self.epoch_base, stop=rule)
+
+
+def counting_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those values of a distillation term that say when it counts; none for a term without a schedule."""
+    return {key: value for key, value in values.items() if key in Counting.model_fields}
+
+
 class Config(Section):
     """A whole run.
 
@@ -124,6 +158,7 @@ class Config(Section):
         name: Name of the run folder.
         runs_dir: Where run folders are.
         overwrite: Move a run folder of the same name aside instead of refusing.
+        plan: Say what the run will take instead of running; no part of what is stored.
         experiment: The experiment this came from, for the record.
         seed: Everything random comes from it, but not the class order.
         device: `auto`, `cpu`, `cuda`, `cuda:1`.
@@ -135,7 +170,8 @@ class Config(Section):
         scenario: Its division into tasks.
         learner: The method.
         model: The network.
-        kd: Distillation terms by name, each with `method` (default: its own name), `weight` and hyper-parameters.
+        kd: Distillation terms by name, each with `method` (default: its own name), `weight`, hyper-parameters, and
+            when it counts (`Counting`).
         optim: How a phase is trained.
         memory: The exemplars.
         evaluation: How results are read.
@@ -144,6 +180,7 @@ class Config(Section):
     name: str = Field(pattern=_NAME)
     runs_dir: Path = Path("runs")
     overwrite: bool = False
+    plan: bool = Field(False, exclude=True)
     experiment: str | None = None
     seed: int = Field(0, ge=0, lt=2**63)
     device: str = "auto"
@@ -250,6 +287,13 @@ def _contradictions(config: Config) -> list[str]:
         found.append(
             f"learner={config.learner.name} replays exemplars and memory.size is 0: set it, or learner=finetune"
         )
+    for name, values in config.kd.items():
+        stop = Counting(**counting_of(values)).schedule().stop
+        if stop is not None and stop.end is not None and stop.end >= config.optim.epochs:
+            found.append(
+                f"kd.{name}.stop at epoch {stop.end} has no effect with optim.epochs={config.optim.epochs}: stop "
+                "earlier, or set it to null"
+            )
     finetunes = config.learner.parameters.get("finetune_epochs") not in (None, 0, [0])
     if config.memory.when == "after_finetuning" and not finetunes:
         found.append(f"memory.when=after_finetuning has no effect: learner={config.learner.name} does not fine-tune")
@@ -289,21 +333,60 @@ def _check_distiller(
     registry: Registry[Any], name: str, values: Mapping[str, Any], problems: list[str]
 ) -> dict[str, Any]:
     method = values.get("method", name)
-    rest = {key: value for key, value in values.items() if key not in ("method", "weight")}
+    counting = counting_of(values)
+    own = {"method", "weight"} | set(Counting.model_fields)
+    rest = {key: value for key, value in values.items() if key not in own}
     weight = values.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or weight < 0:
         problems.append(f"kd.{name}.weight: must be a number of 0 or more, found {weight!r}")
     if not isinstance(method, str):
         problems.append(f"kd.{name}.method: must be a name, found {method!r}")
         return {}
-    typed = _check_part(registry, method, rest, f"kd.{name}", problems, known={"method", "weight"})
+    if counting:  # a term without a schedule keeps the tree it always had
+        counting = _check_counting(name, counting, problems)
+    typed = _check_part(registry, method, rest, f"kd.{name}", problems, known=own)
     if typed is None:
         return {}
     try:
-        registry[method](**typed)  # ranges are the constructor's own, since `kd` knows no config
+        distiller = registry[method](**typed)  # ranges are the constructor's own, since `kd` knows no config
     except ValueError as error:
         problems.append(f"kd.{name}: {error}")
-    return {"method": method, "weight": weight, **typed}
+    else:
+        if missing := sorted(distiller.needs - HANDED_OVER):
+            problems.append(
+                f"kd.{name}: {method} reads {', '.join(missing)}, which the learners do not hand over; they have "
+                f"{', '.join(sorted(HANDED_OVER))}. In a loop of your own every method works: kd.distillers"
+            )
+    return {"method": method, "weight": weight, **counting, **typed}
+
+
+def _check_counting(name: str, values: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    counting: Counting | None = _validated(Counting, values, f"kd.{name}.", problems)
+    if counting is None:
+        return {}
+    if counting.stop is not None:
+        parameters = dict(counting.stop)
+        rule, where = parameters.pop("rule", None), f"kd.{name}.stop"
+        if not isinstance(rule, str):
+            problems.append(f"{where}.rule: must be one of {', '.join(stop_rules)}, found {rule!r}")
+            return {}
+        if not _known(stop_rules, rule, f"{where}.rule", problems):
+            return {}
+        if "validation_loss" in stop_rules[rule].reads:
+            problems.append(
+                f"{where}.rule={rule} reads a validation loss every epoch, which is not measured in a run by config; "
+                "use rule epoch or last_drop, or the library in a loop of your own"
+            )
+            return {}
+        typed: BaseModel | None = _validated(schema(stop_rules[rule]), parameters, f"{where}.", problems, {"rule"})
+        if typed is None:
+            return {}
+        counting = counting.model_copy(update={"stop": {"rule": rule, **typed.model_dump()}})
+    try:
+        counting.schedule()
+    except ValueError as error:
+        problems.append(f"kd.{name}: {error}")
+    return counting.model_dump()
 
 
 def _validated(

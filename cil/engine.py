@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cil import checkpoint
+from cil import checkpoint, distributed
 from cil.batches import Batches
 from cil.build import Run
 from cil.evaluation import Counts
@@ -26,6 +26,7 @@ from cil.results import History, metrics
 from cil.seeding import SampleNoise, derive, sample_noise, seeded
 from cil.stages import Phase, Stage
 from kd import Batch, Frozen
+from kd.distributed import rank, world_size
 
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes per unit of ru_maxrss
 
@@ -47,9 +48,11 @@ class Position:
 class Engine:
     """Trains a learner on every stage in order, and writes the run folder.
 
+    With several processes every one runs this; what they do apart is said in `cil.distributed`. Rank 0 alone writes.
+
     Args:
         run: The parts of the run.
-        log: The events.
+        log: The events; a `SilentLog` for all but rank 0.
     """
 
     def __init__(self, run: Run, log: EventLog) -> None:
@@ -60,6 +63,7 @@ class Engine:
         self.folder = run.config.folder
         self.position = Position()
         self.history = History()
+        self.model: nn.Module = self.learner
         self.optimizer: torch.optim.Optimizer | None = None
         self.scaler = run.precision.scaler()
         self.saved_optimizer: dict[str, Any] | None = None
@@ -68,7 +72,9 @@ class Engine:
         self.num_images = np.array(
             [np.isin(labels, run.tasks.labels(task)).sum() for task in range(run.tasks.num_tasks)]
         )
-        self.progress = Progress(total_images=0, num_stages=run.tasks.num_tasks)
+        self.writes = rank() == 0
+        self.progress = Progress(total_images=0, num_stages=run.tasks.num_tasks, quiet=not self.writes)
+        distributed.prepare(self.learner, self.learner.network)
 
     def run(self) -> AccuracyMatrix:
         """Train every stage; after each, evaluate on all classes seen so far.
@@ -78,7 +84,12 @@ class Engine:
         self.restore()
         stages = [self.stage(index) for index in range(self.tasks.num_tasks)]
         total = sum(self.batches.num_images(stage, phase) for stage in stages for phase in self.learner.phases(stage))
-        self.progress = Progress(total_images=total, num_stages=self.tasks.num_tasks, done_images=self.history.images)
+        self.progress = Progress(
+            total_images=total,
+            num_stages=self.tasks.num_tasks,
+            done_images=self.history.images,
+            quiet=not self.writes,
+        )
         with self.progress:
             for stage in stages[self.position.stage :]:
                 self.progress.stage(stage.index)
@@ -95,13 +106,14 @@ class Engine:
                 with seeded(self.config.seed, "end", stage.index):
                     self.learner.end_stage(stage)
                 self.finish(stage)
-                if stage is not stages[-1]:
+                if stage is not stages[-1] and self.writes:
                     checkpoint.write_json(self.folder / "metrics.json", self.report())
         report = self.report()
         self.log.write(
             "run_finished", wall_seconds=report["wall_seconds"], images_per_second=report["images_per_second"]
         )
-        checkpoint.write_json(self.folder / "metrics.json", report)  # last: from now on the run counts as finished
+        if self.writes:
+            checkpoint.write_json(self.folder / "metrics.json", report)  # last: from now on the run counts as finished
         return self.history.matrix(self.num_images)
 
     # Stages
@@ -115,6 +127,7 @@ class Engine:
         with seeded(self.config.seed, "begin", stage.index):
             self.learner.begin_stage(stage)
         self.learner.to(self.precision.device, self.precision.dtype)
+        distributed.prepare(self.learner, self.learner.network)
         self.position = Position(stage.index, begun=True)
         self.seconds.clear()
         self.set_trainable(self.learner.phases(stage)[0])
@@ -162,7 +175,8 @@ class Engine:
             seconds=dict(self.seconds),
             peak_resident_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT,
         )
-        checkpoint.save_stage(self.folder, stage.index, self.state(), summary)
+        if self.writes:
+            checkpoint.save_stage(self.folder, stage.index, self.state(), summary)
         self.progress.table(history.matrix(self.num_images), stage.index)
 
     def report(self) -> dict[str, Any]:
@@ -186,6 +200,7 @@ class Engine:
         if not steps:
             raise RunFailed(f"stage {stage.index}, phase {phase.name}: there is no batch to train on")
         rates = learning_rates(phase.recipe.schedule, phase.recipe.epochs, phase.recipe.peak_lr, steps)
+        self.model = distributed.wrap(self.learner)
         self.optimizer = make_optimizer(self.learner, phase.recipe)
         self.scaler = self.precision.scaler()
         if self.saved_optimizer is not None:
@@ -211,9 +226,10 @@ class Engine:
                 self.evaluate(stage, f"{phase.name} epoch {epoch + 1}")
                 self.set_trainable(phase)
                 self.progress.phase(phase.name, phase.recipe.epochs, steps)
-            with self.timed("checkpoint"):
-                checkpoint.save_state(self.folder, stage.index, self.state())
-        self.optimizer = None
+            if self.writes:
+                with self.timed("checkpoint"):
+                    checkpoint.save_state(self.folder, stage.index, self.state())
+        self.optimizer, self.model = None, self.learner
         if any(later.source == "memory" for later in phases[number + 1 :]):
             counts = self.evaluate(stage, "before_finetuning")
             self.history.before_finetuning.append(counts.accuracy)
@@ -227,13 +243,19 @@ class Engine:
         plan = self.batches.plan(ids, stage, number, phase, epoch)
         sums: dict[str, Tensor] = {}
         images = 0
-        for step, (some, views) in enumerate(plan):
+        if self.learner.distillation is not None:
+            self.learner.distillation.begin_epoch(epoch, learning_rate=rates[epoch * len(plan) if by_step else epoch])
+        shares = [(distributed.share(some), distributed.share(views)) for some, views in plan]
+        stream = self.samples.images.stream(shares, key)
+        for step, ((some, _), (own, own_views), pixels) in enumerate(zip(plan, shares, stream, strict=True)):
             set_learning_rate(self.optimizer, rates[epoch * len(plan) + step if by_step else epoch])
-            noise = SampleNoise(key, some.to(self.precision.device), views.to(self.precision.device))
-            batch = self.batch(noise, some)
-            with seeded(key, step), sample_noise(noise):
+            noise = SampleNoise(key, own.to(self.precision.device), own_views.to(self.precision.device))
+            batch = self.batch(noise, own, pixels)
+            if world_size() > 1:
+                batch = self.with_labels_of_all(batch, some)
+            with seeded(key, step), sample_noise(noise), distributed.sharing(len(some)):
                 with self.precision.autocast():
-                    losses = self.learner(batch)
+                    losses = self.model(batch)
                 self.learner.update(losses, self.optimizer, self.scaler, phase.recipe.clip_norm)
             for name, loss in losses.items():
                 sums[name] = sums.get(name, 0) + loss.detach()
@@ -265,11 +287,16 @@ class Engine:
             seconds=seconds,
         )
 
-    def batch(self, noise: SampleNoise, ids: Tensor) -> Batch:
+    def batch(self, noise: SampleNoise, ids: Tensor, pixels: Tensor) -> Batch:
         """The augmented images of some samples."""
-        raw = self.samples.images.fetch(ids).to(self.precision.device)
+        raw = pixels.to(self.precision.device, non_blocking=True)
         images = self.samples.transform.train(raw, noise).to(self.precision.dtype)
         return Batch(images, self.samples.labels[ids].to(self.precision.device), noise.ids)
+
+    def with_labels_of_all(self, batch: Batch, ids: Tensor) -> Batch:
+        """A batch whose images are a share, and whose labels are those of the whole batch, as the losses need them."""
+        device = self.precision.device
+        return Batch(batch.images, self.samples.labels[ids].to(device), ids.to(device), gathered=True)
 
     def set_trainable(self, phase: Phase) -> None:
         """Gradients and training mode for what learns in this phase; teachers stay as they are."""
@@ -290,7 +317,7 @@ class Engine:
         return stage.labels[-1] in self.memory.per_class()
 
     def choose_exemplars(self, stage: Stage) -> None:
-        """Choose exemplars of the new classes and shorten the old ones. One process chooses, for all."""
+        """Choose exemplars of the new classes and shorten the old ones. All processes read features, rank 0 chooses."""
         self.progress.phase("exemplars")
         start = time.perf_counter()
         with self.timed("memory"):
@@ -301,8 +328,9 @@ class Engine:
                 key = derive(self.config.seed, "exemplars", stage.index)
                 noise_key = key if self.config.memory.transform == "train" else None
                 features = self.reader.features(self.learner, self.samples.images, ids, noise_key)
-                chosen[label] = ids[self.memory.select(features, quota, seed_key=derive(key, label))].tolist()
-            self.memory.update(chosen, stage.num_seen, self.tasks.num_classes)
+                if self.writes:
+                    chosen[label] = ids[self.memory.select(features, quota, seed_key=derive(key, label))].tolist()
+            self.memory.update(distributed.broadcast(chosen), stage.num_seen, self.tasks.num_classes)
         self.log.write(
             "memory_updated",
             stage=stage.index,
@@ -361,6 +389,7 @@ class Engine:
             self.position = Position(**state["position"])
             self.learner.rebuild(state["structure"])
             self.learner.to(self.precision.device, self.precision.dtype)
+            distributed.prepare(self.learner, self.learner.network)
             self.learner.load_state_dict(state["learner"])
             self.saved_optimizer = state["training"]
             self.memory.load_state_dict(state["memory"])
@@ -370,7 +399,13 @@ class Engine:
             resumed_at = {"stage": self.position.stage, "phase": self.position.phase, "epoch": self.position.epoch}
         else:
             self.log.truncate(0)
-        self.log.write("run_started", name=self.config.name, resumed_at=resumed_at, **machine(self.precision))
+        self.log.write(
+            "run_started",
+            name=self.config.name,
+            resumed_at=resumed_at,
+            num_processes=world_size(),
+            **machine(self.precision),
+        )
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:

@@ -9,10 +9,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cil.data import ImageSet, Transform
+from cil.data import Images, Transform
+from cil.distributed import share
 from cil.learners.base import Learner
 from cil.precision import Precision
 from cil.seeding import SampleNoise
+from kd.distributed import all_reduce_sum, gather, world_size
+from kd.precision import full_precision
 
 TOP_K = 5
 
@@ -59,13 +62,14 @@ class Reader:
     def _run(
         self,
         answer: Callable[[Tensor], Tensor],
-        images: ImageSet,
+        images: Images,
         ids: Int[Tensor, " samples"],
         noise_key: int | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         context: AbstractContextManager[object] = self.precision.autocast()
-        for some in torch.split(ids, self.batch_size):
-            raw = images.fetch(some).to(self.precision.device)
+        plan = [(some, torch.zeros_like(some)) for some in torch.split(ids, self.batch_size)]
+        for (some, _), pixels in zip(plan, images.stream(plan, noise_key), strict=True):
+            raw = pixels.to(self.precision.device, non_blocking=True)
             if noise_key is None:
                 inputs = self.transform.test(raw)
             else:
@@ -75,9 +79,9 @@ class Reader:
                 yield some, answer(inputs.to(self.precision.dtype))
 
     def count(
-        self, learner: Learner, images: ImageSet, labels: Int[Tensor, " all"], task_sizes: tuple[int, ...]
+        self, learner: Learner, images: Images, labels: Int[Tensor, " all"], task_sizes: tuple[int, ...]
     ) -> Counts:
-        """Right answers of `learner` over the classes of the tasks in `task_sizes`.
+        """Right answers of `learner` over the classes of the tasks in `task_sizes`; every process reads a share.
 
         Args:
             learner: Predicts.
@@ -87,7 +91,7 @@ class Reader:
         """
         learner.eval()
         task_of_label = np.repeat(np.arange(len(task_sizes)), task_sizes)
-        ids = torch.nonzero((labels >= 0) & (labels < len(task_of_label))).flatten()
+        ids = share(torch.nonzero((labels >= 0) & (labels < len(task_of_label))).flatten())
         correct, total = np.zeros(len(task_sizes), dtype=np.int64), np.zeros(len(task_sizes), dtype=np.int64)
         top5 = 0
         for some, logits in self._run(learner.predict, images, ids):
@@ -98,11 +102,19 @@ class Reader:
             np.add.at(total, tasks, 1)
             np.add.at(correct, tasks, hits[:, 0].numpy().astype(np.int64))
             top5 += int(hits.sum())
-        return Counts(correct.tolist(), total.tolist(), top5)
+        found = torch.tensor([*correct, *total, top5], device=self.precision.device)
+        *per_task, top5 = all_reduce_sum(found).tolist()
+        return Counts(per_task[: len(task_sizes)], per_task[len(task_sizes) :], top5)
 
     def features(
-        self, learner: Learner, images: ImageSet, ids: Int[Tensor, " samples"], noise_key: int | None = None
+        self, learner: Learner, images: Images, ids: Int[Tensor, " samples"], noise_key: int | None = None
     ) -> Float[Tensor, "samples width"]:
-        """Embeddings of some images: of the clean ones, or of one augmented view each if there is a `noise_key`."""
+        """Embeddings of some images: of the clean ones, or of one augmented view each if there is a `noise_key`.
+
+        Every process reads a share and gets all of them.
+        """
         learner.eval()
-        return torch.cat([found.float().cpu() for _, found in self._run(learner.embed, images, ids, noise_key)])
+        divided = len(ids) >= world_size()
+        own = share(ids) if divided else ids
+        found = torch.cat([full_precision(part) for _, part in self._run(learner.embed, images, own, noise_key)])
+        return (gather(found) if divided else found).cpu()

@@ -105,6 +105,32 @@ class EventLog:
         self.close()
 
 
+class SilentLog(EventLog):
+    """A log that writes nothing, for the processes that are not rank 0.
+
+    Args:
+        clock: As for `EventLog`.
+    """
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._start = clock()
+        self._elapsed_before = 0.0
+
+    def write(self, event: str, /, **fields: Any) -> None:
+        """Nothing."""
+
+    def position(self) -> int:
+        """Nothing has been written."""
+        return 0
+
+    def truncate(self, position: int) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def read_events(path: Path) -> list[dict[str, Any]]:
     """All whole events of a file; a last line without its end, left by a kill, is passed over.
 

@@ -15,7 +15,10 @@ from cil.config import Config, ConfigError
 from cil.precision import Precision
 
 #: Keys that may differ between the config of a run folder and the one it is asked to go on with.
-_PLACE = {"name", "runs_dir", "overwrite", "experiment", "data.root", "data.download"}
+_PLACE = {
+    *("name", "runs_dir", "overwrite", "experiment"),
+    *("data.root", "data.download", "data.num_workers", "data.prefetch"),
+}
 _PACKAGES = ("torch", "torchvision", "timm", "einops", "numpy", "scikit-learn", "pydantic", "hydra-core")
 
 

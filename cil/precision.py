@@ -1,5 +1,6 @@
 """Number formats: which one a device computes well in, and the autocast that goes with it."""
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -21,13 +22,16 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU.
+    """`auto` is CUDA where there is one, else the CPU; of several processes each takes its own CUDA device.
 
     Raises:
         ValueError: If the device does not exist here.
     """
+    own = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(own if torch.cuda.is_available() else "cpu")
+    if name == "cuda":
+        name = own
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -8,7 +8,7 @@ import torch
 
 from cil.build import make_distillation, make_learner, make_network, make_transform, open_data
 from cil.cli import compose, config_folder, groups
-from cil.config import Config, check
+from cil.config import HANDED_OVER, Config, check
 from cil.data import MissingData
 from cil.learners.base import learners
 from cil.memory import selection_rules
@@ -20,10 +20,16 @@ CHOICES = [(group, choice) for group, choices in groups().items() for choice in 
 #: What a choice needs beside itself.
 COMPANIONS = {
     ("data", "npz"): ["data.path=images.npz"],
+    ("data", "image_folder"): ["data.path=images"],
+    ("data", "imagenet100_first100"): ["data.path=images"],
+    ("data", "imagenet100_seed1993"): ["data.path=images"],
+    ("data", "imagenet1000"): ["data.path=images"],
     ("model", "resnet32"): ["learner=replay"],
     ("model", "timm"): ["learner=replay"],
+    ("learner", "ewc"): ["model=resnet32"],
+    ("learner", "wa"): ["model=resnet32"],
 }
-INPUT_SHAPES = {"dkt_tiny": (1, 8, 8)}  # the others are for 3 x 32 x 32
+INPUT_SHAPES = {"dkt_tiny": (1, 8, 8), "dkt_imagenet": (3, 224, 224)}  # the others are for 3 x 32 x 32
 
 
 def config_of(*overrides: str) -> Config:
@@ -78,7 +84,7 @@ def test_every_model_is_built_and_grown(choice: str) -> None:
 @pytest.mark.parametrize("experiment", groups()["experiment"])
 @pytest.mark.parametrize("learner", groups()["learner"])
 def test_every_learner_goes_with_every_experiment(learner: str, experiment: str) -> None:
-    config = config_of(f"experiment={experiment}", f"learner={learner}")
+    config = config_of(f"experiment={experiment}", f"learner={learner}", *COMPANIONS.get(("learner", learner), []))
     network = make_network(config, INPUT_SHAPES.get("dkt_tiny") if config.data.name == "digits" else (3, 32, 32))
     built = make_learner(config, network)
     assert isinstance(built, learners[config.learner.name])
@@ -93,10 +99,10 @@ def test_every_data_set_is_loaded_or_says_what_gets_it(choice: str, tmp_path: Pa
         data = open_data(config)
     except MissingData:
         missing = config_of(f"data={choice}", f"data.root={tmp_path}", *companions)
-        with pytest.raises(MissingData, match=r"data\.(download=true|path)"):
+        with pytest.raises(MissingData, match=r"data\.(download=true|path|root)"):
             open_data(missing)
         return
-    images = make_transform(config, data).test(data.train.images[:2])
+    images = make_transform(config, data).test(data.train.fetch(torch.arange(2)))
     assert images.shape == (2, *data.input_shape)
     assert images.is_floating_point()
 
@@ -122,7 +128,8 @@ def test_every_memory_names_a_rule(choice: str) -> None:
 
 def test_every_registered_distiller_and_learner_has_a_file_of_its_name() -> None:
     # the cluster-separation term belongs to learner=dkt and is configured there
-    assert set(distillers) - {"cluster_separation"} <= set(groups()["kd"])
+    runnable = {name for name, method in distillers.items() if method.needs <= HANDED_OVER}
+    assert runnable - {"cluster_separation"} <= set(groups()["kd"])
     assert set(learners) <= set(groups()["learner"])
 
 
@@ -193,6 +200,7 @@ def test_the_switches_of_network_and_distillation_reach_what_is_built(learner: s
     config = config_of("experiment=cifar100_c50", f"learner={learner}")
     network = make_network(config, (3, 32, 32))
     assert (network.merge_bias, network.merge_norm) == (not as_released, not as_released)  # R3a, R3b
+    assert config.model.parameters["still_biases"] == (not as_released)
     distillation = make_distillation(config)
     assert distillation is not None
     (term,) = distillation.distillers.values()

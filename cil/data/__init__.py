@@ -1,5 +1,5 @@
 from cil.data.augment import Augmentation, augmentations
-from cil.data.base import DataSet, DataSource, ImageSet, MissingData, data_sets
+from cil.data.base import DataSet, DataSource, Images, ImageSet, MissingData, data_sets
 from cil.data.order import epoch_plan
 from cil.data.split import validation_split
 from cil.data.transform import Transform
@@ -9,6 +9,7 @@ __all__ = [
     "DataSet",
     "DataSource",
     "ImageSet",
+    "Images",
     "MissingData",
     "Transform",
     "augmentations",

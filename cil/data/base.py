@@ -1,7 +1,8 @@
-"""What a data set is: two sets of images held in memory as bytes, with labels, class names and colour statistics."""
+"""What a data set is: two sets of images, in memory or in files, with labels, class names and colour statistics."""
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +18,49 @@ class MissingData(ValueError):
     """The files of a data set are not there; says where it looked and how to get them."""
 
 
+#: Batches to come, each as sample ids and view numbers (`epoch_plan` makes such).
+Plan = Iterable[tuple[Int[Tensor, "_"], Int[Tensor, "_"]]]
+
+
+class Images(ABC):
+    """Labelled images of one size; a sample's id is its index here.
+
+    Attributes:
+        labels: The data set's own labels, not those in the order of learning.
+    """
+
+    labels: Int64[Tensor, " samples"]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    @abstractmethod
+    def input_shape(self) -> tuple[int, int, int]:
+        """Channels, height, width."""
+
+    @abstractmethod
+    def fetch(self, indices: Int[Tensor, " batch"]) -> UInt8[Tensor, "batch channels height width"]:
+        """The images of some sample ids, as they are for testing."""
+
+    @abstractmethod
+    def stream(self, plan: Plan, key: int | None) -> Iterator[UInt8[Tensor, "_ channels height width"]]:
+        """The images of one batch after another.
+
+        Args:
+            plan: The batches, as many as are wanted: an epoch, or a part of one.
+            key: For training, from `cil.seeding.derive`: where images are cut at random, the window is a function of
+                (key, sample id, view). None for testing: the same images as from `fetch`.
+        """
+
+    @abstractmethod
+    def content(self) -> Iterator[bytes]:
+        """What makes this set the set it is, for a fingerprint."""
+
+
 @dataclass(frozen=True)
-class ImageSet:
-    """Images in memory; a sample's id is its index here.
+class ImageSet(Images):
+    """Images in memory.
 
     Attributes:
         images: Pixels 0 to 255; a quarter of the memory that floats would take.
@@ -32,9 +73,6 @@ class ImageSet:
     def __post_init__(self) -> None:
         assert len(self.images) == len(self.labels), (len(self.images), len(self.labels))
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     @property
     def input_shape(self) -> tuple[int, int, int]:
         """Channels, height, width."""
@@ -44,6 +82,16 @@ class ImageSet:
     def fetch(self, indices: Int[Tensor, " batch"]) -> UInt8[Tensor, "batch channels height width"]:
         """The images of some sample ids, on the device where the images are."""
         return self.images[indices.to(self.images.device)]
+
+    def stream(self, plan: Plan, key: int | None) -> Iterator[UInt8[Tensor, "_ channels height width"]]:
+        """The images of one batch after another, the same whatever the key."""
+        return (self.fetch(ids) for ids, _ in plan)
+
+    def content(self) -> Iterator[bytes]:
+        """Shape, labels and every pixel."""
+        yield repr(tuple(self.images.shape)).encode()
+        yield self.labels.cpu().numpy().tobytes()
+        yield self.images.cpu().numpy().tobytes()
 
 
 @dataclass(frozen=True)
@@ -60,8 +108,8 @@ class DataSet:
     """
 
     name: str
-    train: ImageSet
-    test: ImageSet
+    train: Images
+    test: Images
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -81,12 +129,11 @@ class DataSet:
         return self.train.input_shape
 
     def fingerprint(self) -> str:
-        """SHA-256 over name, class names, shapes, labels and every pixel: equal only for the same data."""
+        """SHA-256 over name, class names and the content of both parts: equal only for the same data."""
         digest = hashlib.sha256(repr((self.name, self.class_names)).encode())
         for part in (self.train, self.test):
-            digest.update(repr(tuple(part.images.shape)).encode())
-            digest.update(part.labels.cpu().numpy().tobytes())
-            digest.update(part.images.cpu().numpy().tobytes())
+            for block in part.content():
+                digest.update(block)
         return digest.hexdigest()
 
 
@@ -112,7 +159,7 @@ class DataSource(ABC):
 
     @abstractmethod
     def load(self) -> DataSet:
-        """Read the data set into memory.
+        """Read the data set: into memory, or where its files are.
 
         Raises:
             MissingData: If files are missing.

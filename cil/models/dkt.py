@@ -145,6 +145,15 @@ class Attention(nn.Module):
         return projected
 
 
+def hold_still(layer: nn.Conv2d | nn.LayerNorm, norm: nn.BatchNorm2d) -> None:
+    """Give the bias of `layer` the gradient it has, 0, while `norm` behind it takes the mean of the batch away.
+
+    What is computed is rounding. Adam divides it by its own size and so moves the bias by a whole learning rate in a
+    random direction; training does not feel it, but the running mean of `norm`, which follows late, does in evaluation.
+    """
+    layer.bias.register_hook(lambda gradient: torch.zeros_like(gradient) if norm.training else gradient)  # type: ignore[union-attr]
+
+
 class ConvMLP(nn.Module):
     """Two 1x1 convolutions around a 3x3 depthwise one on the grid of patches, each with BatchNorm.
 
@@ -161,6 +170,10 @@ class ConvMLP(nn.Module):
         self.bn2 = nn.BatchNorm2d(hidden)
         self.reduce = nn.Conv2d(hidden, width, 1)
         self.bn3 = nn.BatchNorm2d(width)
+
+    def normalised(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+        """Every convolution with the BatchNorm behind it."""
+        return [(self.expand, self.bn1), (self.depthwise, self.bn2), (self.reduce, self.bn3)]
 
     def forward(self, tokens: Tokens, grid: Grid) -> Tokens:
         """Tokens in, tokens out."""
@@ -282,6 +295,8 @@ class DKTNetwork(Network):
         drop_path: Stochastic depth; block i of the encoder drops at `drop_path * i / depth`, the decoder never.
         merge_norm: See `StabilityClassifier.absorb`; False is the release (R3b).
         merge_bias: See `StabilityClassifier.absorb`; False is the release (R3a).
+        still_biases: Let the biases that training cannot feel rest, see `hold_still`. False is the release, where Adam
+            makes full steps of the rounding that is their gradient.
 
     Raises:
         ValueError: If `width` is no multiple of `num_heads`, or no whole patches can be cut.
@@ -304,6 +319,7 @@ class DKTNetwork(Network):
         drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.1,
         merge_norm: bool = True,
         merge_bias: bool = True,
+        still_biases: bool = True,
     ) -> None:
         super().__init__(input_shape, width)
         if width % num_heads:
@@ -332,6 +348,12 @@ class DKTNetwork(Network):
         self.skab = SKAB(width, num_heads, hidden)
         self.stability = StabilityClassifier(width)
         self.plasticity: PlasticityClassifier | None = None
+        if still_biases:
+            hold_still(patch_embedding.stem, patch_embedding.norm)
+            for block in [*blocks, self.skab]:
+                hold_still(block.norm2, block.mlp.bn1)  # `expand` carries it there
+                for convolution, norm in block.mlp.normalised():
+                    hold_still(convolution, norm)
 
     def _grow(self, num_new: int) -> None:
         self.token_pool.grow()

@@ -1,5 +1,6 @@
 """Networks whose classes grow: the contract, and the common case of a backbone with one linear head."""
 
+from dataclasses import dataclass, field
 from typing import Any
 
 from jaxtyping import Float
@@ -12,6 +13,33 @@ from kd.registry import Registry
 InputShape = tuple[int, int, int]
 
 models: Registry["type[Network]"] = Registry("model", "cil.models")
+
+
+@dataclass(frozen=True)
+class TapPaths:
+    """Where in a network the named features are: `kd.taps.Tapped(network, paths.outputs, paths.inputs, head="head")`.
+
+    Attributes:
+        outputs: Name of a tap to the path of the module whose output it is.
+        inputs: Name of a tap to the path of the module whose first input it is.
+    """
+
+    outputs: dict[str, str] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of_backbone(cls, *, stem: str, post: list[str], pre: list[str], last: str) -> "TapPaths":
+        """Taps of a `BackboneNetwork`, all paths below its backbone.
+
+        Args:
+            stem: What gives the maps that the first stage reads.
+            post: The stages.
+            pre: The last activation of every stage, or none.
+            last: What gives the maps that are pooled.
+        """
+        outputs = {"stem": stem, **{f"stage{i}.post": path for i, path in enumerate(post)}, "last": last}
+        inputs = {f"stage{i}.pre": path for i, path in enumerate(pre)}
+        return cls(*({name: f"backbone.{path}" for name, path in paths.items()} for paths in (outputs, inputs)))
 
 
 class Network(nn.Module):
@@ -44,6 +72,10 @@ class Network(nn.Module):
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Outputs:
         """Scores of all classes so far, and the embedding before the head."""
         raise NotImplementedError(f"{type(self).__name__} does not say how to classify images")
+
+    def tap_paths(self) -> TapPaths:
+        """Where its feature maps are; a network without such maps names none."""
+        return TapPaths()
 
     def grow(self, num_new: int) -> None:
         """Make room for the classes of one more task.
@@ -85,14 +117,25 @@ class BackboneNetwork(Network):
         backbone: Maps images to embeddings `[batch, embedding_width]`.
         embedding_width: Width of the embedding.
         keep_bias: See `GrowingLinear`.
+        taps: Where its feature maps are.
     """
 
     def __init__(
-        self, input_shape: InputShape, backbone: nn.Module, embedding_width: int, keep_bias: bool = True
+        self,
+        input_shape: InputShape,
+        backbone: nn.Module,
+        embedding_width: int,
+        keep_bias: bool = True,
+        taps: TapPaths | None = None,
     ) -> None:
         super().__init__(input_shape, embedding_width)
+        self._taps = taps or TapPaths()
         self.backbone = backbone
         self.head = GrowingLinear(embedding_width, keep_bias=keep_bias)
+
+    def tap_paths(self) -> TapPaths:
+        """Where its feature maps are."""
+        return self._taps
 
     def _grow(self, num_new: int) -> None:
         self.head.grow(num_new)

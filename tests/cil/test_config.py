@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field, ValidationError
 
+from cil.build import make_distillation
 from cil.cli import compose
 from cil.config import Config, ConfigError, check, schema
 from cil.data import augmentations, data_sets
@@ -64,7 +65,7 @@ def test_every_hyper_parameter_is_typed_and_has_a_default(registry: Any) -> None
         for parameter in inspect.signature(entry).parameters.values():
             if parameter.kind is parameter.KEYWORD_ONLY and parameter.name != "download":
                 assert parameter.annotation is not parameter.empty, (name, parameter.name)
-                if (name, parameter.name) != ("npz", "path"):
+                if parameter.name != "path":  # there is no folder or file that everyone has
                     assert parameter.default is not parameter.empty, (name, parameter.name)
         if registry is not data_sets:
             assert schema(entry)(), "the defaults are within their ranges"
@@ -201,3 +202,47 @@ def test_a_config_survives_its_file(
 def test_a_shipped_experiment_survives_its_file(tree: dict[str, Any]) -> None:
     config = check(tree)
     assert check(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))) == config
+
+
+def test_a_term_says_when_it_counts_and_the_whole_of_it_is_stored() -> None:
+    whole = check(
+        changed(TREE, kd__dkt__warmup_epochs=2, kd__dkt__stop={"rule": "last_drop", "milestones": [1, 2]})
+    ).kd["dkt"]
+    stop = {"rule": "last_drop", "milestones": [1, 2], "num_drops": None}
+    assert {key: whole[key] for key in ("warmup_epochs", "epoch_base", "stop")} == {
+        "warmup_epochs": 2,
+        "epoch_base": 1,
+        "stop": stop,
+    }
+    distillation = make_distillation(check(changed(TREE, kd__dkt=whole)))
+    assert distillation is not None
+    weights = []
+    for epoch in range(3):
+        distillation.begin_epoch(epoch)
+        weights.append(distillation.weight("dkt") / whole["weight"])
+    assert weights == [0.5, 1.0, 0.0]
+
+
+def test_a_term_without_a_schedule_keeps_the_tree_it_always_had() -> None:
+    assert not {"warmup_epochs", "epoch_base", "stop"} & check(TREE).kd["dkt"].keys()
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"warmup_epochs": -1}, "kd.dkt: warmup_epochs must not be negative, found -1"),
+        ({"warmup_epochs": "soon"}, "kd.dkt.warmup_epochs: input should be a valid integer"),
+        ({"epoch_base": 0}, "kd.dkt: epoch_base=0 has no effect without warmup_epochs"),
+        ({"stop": 5}, "kd.dkt.stop: input should be a valid dictionary"),
+        ({"stop": {}}, "kd.dkt.stop.rule: must be one of epoch, last_drop, plateau, found None"),
+        ({"stop": {"rule": "epocch"}}, "kd.dkt.stop.rule=epocch: unknown stop rule 'epocch'; did you mean 'epoch'?"),
+        ({"stop": {"rule": "epoch"}}, "kd.dkt.stop.epoch: missing"),
+        ({"stop": {"rule": "epoch", "epoc": 3}}, "kd.dkt.stop.epoc: unknown key 'epoc'; did you mean 'epoch'?"),
+        ({"stop": {"rule": "epoch", "epoch": 0}}, "kd.dkt: stop.epoch must be at least 1"),
+        ({"stop": {"rule": "epoch", "epoch": 4000}}, "kd.dkt.stop at epoch 4000 has no effect with optim.epochs="),
+        ({"stop": {"rule": "plateau", "patience": 3}}, "kd.dkt.stop.rule=plateau reads a validation loss"),
+    ],
+)
+def test_a_schedule_that_is_none_is_a_problem_of_its_term(values: dict[str, Any], problem: str) -> None:
+    tree = changed(TREE, **{f"kd__dkt__{name}": value for name, value in values.items()})
+    assert any(found.startswith(problem) for found in problems_of(tree))

@@ -51,7 +51,7 @@ def test_the_batch_of_a_sample_does_not_depend_on_its_company(make_engine: MakeE
 
     def batch(*ids: int) -> Batch:
         some = torch.tensor(ids)
-        return engine.batch(SampleNoise(5, some, torch.zeros_like(some)), some)
+        return engine.batch(SampleNoise(5, some, torch.zeros_like(some)), some, engine.samples.images.fetch(some))
 
     whole, part = batch(3, 141, 59, 26), batch(26, 141)
     assert part.images.equal(whole.images[[3, 1]])

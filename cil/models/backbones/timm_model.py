@@ -1,14 +1,17 @@
 """Any network of timm (https://github.com/huggingface/pytorch-image-models) as a backbone."""
 
+import re
 from typing import Annotated, Any
 
 import timm
 import torch
 from pydantic import Field
 from timm.models import get_pretrained_cfg
+from torch import Tensor, nn
 
-from cil.models.network import BackboneNetwork, InputShape, models
+from cil.models.network import BackboneNetwork, InputShape, TapPaths, models
 from cil.models.noise import key_by_sample
+from kd.connect import held_still
 from kd.registry import unknown
 
 
@@ -58,3 +61,53 @@ class TimmNetwork(BackboneNetwork):
         if embedding.ndim != 2:
             raise ValueError(f"timm's {architecture} gives {tuple(embedding.shape)} instead of one vector per image")
         super().__init__(input_shape, key_by_sample(backbone), embedding.shape[1], keep_bias)
+
+    def tap_paths(self) -> TapPaths:
+        """The levels that timm names and that are maps, and "last" where the embedding is the mean of a map.
+
+        The first level is the stem where it is named otherwise than the second: `act1` before `layer1`, but not
+        `stages.0` before `stages.1`. A transformer, whose levels are tokens, has no taps.
+        """
+        modules = dict(self.backbone.named_modules())
+        widths = {level["module"]: level["num_chs"] for level in getattr(self.backbone, "feature_info", [])}
+        pools = [path for path in modules if path.rpartition(".")[2] == "global_pool"]
+        given: dict[str, Tensor] = {}
+        handles = [modules[path].register_forward_hook(_keep(given, path)) for path in widths if path in modules]
+        handles += [modules[path].register_forward_pre_hook(_keep(given, path)) for path in pools]
+        parameter = next(self.parameters())
+        image = torch.rand(1, *self.input_shape, generator=torch.Generator().manual_seed(0)).to(parameter)
+        try:
+            with held_still(self), torch.no_grad():
+                embedding = self.backbone(image)
+        finally:
+            for handle in handles:
+                handle.remove()
+        levels = [path for path, width in widths.items() if path in given and _is_map(given[path], width)]
+        outputs = {}
+        if len(levels) > 1 and re.sub(r"\d", "", levels[0]) != re.sub(r"\d", "", levels[1]):
+            outputs["stem"] = f"backbone.{levels.pop(0)}"
+        outputs |= {f"stage{i}.post": f"backbone.{path}" for i, path in enumerate(levels)}
+        pooled = [path for path in pools if path in given and _is_mean(embedding, given[path])]
+        return TapPaths(outputs, {"last": f"backbone.{pooled[0]}"} if pooled else {})
+
+
+def _keep(given: dict[str, Tensor], path: str) -> Any:
+    """A hook, of either kind, that stores what a module gives, or what it is given."""
+
+    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any = None) -> None:
+        value = inputs[0] if output is None else output
+        if isinstance(value, Tensor):
+            given[path] = value.clone()  # a later layer may write into it
+
+    return hook
+
+
+def _is_map(value: Tensor, width: int) -> bool:
+    return value.ndim == 4 and value.shape[1] == width
+
+
+def _is_mean(embedding: Tensor, pooled: Tensor) -> bool:
+    """Whether nothing is behind the pool; what a norm or a layer makes of the mean has no class maps."""
+    if not _is_map(pooled, embedding.shape[1]):
+        return False
+    return torch.allclose(pooled.mean((2, 3)), embedding, rtol=1e-3, atol=1e-5)

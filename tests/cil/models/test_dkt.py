@@ -248,3 +248,23 @@ def test_a_few_steps_learn_a_batch_by_heart():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.1 * losses[0]
+
+
+def test_biases_in_front_of_a_batch_norm_rest_while_it_takes_their_mean_away() -> None:
+    gradients = {}
+    for still in (True, False):
+        network = tiny(3, still_biases=still)
+        torch.manual_seed(1)
+        network(images()).logits.square().sum().backward()
+        gradients[still] = {name: value.grad for name, value in network.named_parameters() if value.grad is not None}
+    resting = {name for name, found in gradients[True].items() if not found.any()}
+    expected = {"encoder.patch_embedding.stem.bias"}
+    for block in ("encoder.blocks.0", "encoder.blocks.1", "skab"):
+        expected |= {f"{block}.{part}.bias" for part in ("norm2", "mlp.expand", "mlp.depthwise", "mlp.reduce")}
+    assert expected <= resting
+    for name, found in gradients[False].items():
+        torch.testing.assert_close(gradients[True][name], found, rtol=0, atol=1e-3 if name in expected else 0)
+
+    network = tiny(3).eval()
+    network(images()).logits.square().sum().backward()
+    assert all(network.get_parameter(name).grad.any() for name in expected)
