@@ -40,10 +40,14 @@ class Registry(Mapping[str, T], Generic[T]):
     def _fill(self) -> dict[str, T]:
         if not self._filled:
             self._filled = True  # first, since the modules below may read the registry while they are imported
-            for package in self._packages:
-                module = importlib.import_module(package)
-                for info in pkgutil.walk_packages(module.__path__, prefix=f"{package}."):
-                    importlib.import_module(info.name)
+            try:
+                for package in self._packages:
+                    module = importlib.import_module(package)
+                    for info in pkgutil.walk_packages(module.__path__, prefix=f"{package}."):
+                        importlib.import_module(info.name)
+            except BaseException:
+                self._filled = False  # half a list would hide what failed
+                raise
             self._entries = dict(sorted(self._entries.items()))
         return self._entries
 

@@ -103,6 +103,8 @@ class CRD(Distiller):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Float[Tensor, ""]:
         """The sum of both halves, with candidates drawn for this step."""
+        # the embeddings are all that is read, so all that is sent
+        student, teacher = (Outputs(outputs.logits[:, :1], outputs.embedding) for outputs in (student, teacher))
         student, teacher, batch = gathered(student, teacher, batch)
         features = [_embedding(side, outputs) for side, outputs in zip(SIDES, (student, teacher), strict=True)]
         rows = self.memory.rows(batch.ids)
