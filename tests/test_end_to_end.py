@@ -21,8 +21,11 @@ from cil.events import EventLog, read_events
 from tests.conftest import RunTiny
 from tests.run_folders import assert_same_weights, content_of, facts_of, metrics_of, results_of, weights_of
 
-LEARNERS = ["dkt", "dkt_official", "finetune", "joint", "replay"]
+LEARNERS = ["dkt", "dkt_official", "ewc", "finetune", "joint", "lwf", "replay", "wa"]
 FINETUNING = {"dkt", "dkt_official"}
+RESNET = ("model=resnet32", "model.depth=20", "model.width=4")
+#: What a learner needs beside itself.
+COMPANIONS = {"ewc": RESNET, "wa": RESNET}
 KEYS_OF_SCRIPTS = {
     "name",
     "wall_seconds",
@@ -51,8 +54,14 @@ def learner(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def test_metrics_have_every_key_that_scripts_rely_on(whole_run: RunTiny, learner: str) -> None:
-    metrics = metrics_of(whole_run(learner=learner))
+@pytest.fixture
+def finished(whole_run: RunTiny, learner: str) -> Path:
+    """A run of the learner."""
+    return whole_run(*COMPANIONS.get(learner, ()), learner=learner)
+
+
+def test_metrics_have_every_key_that_scripts_rely_on(finished: Path, learner: str) -> None:
+    metrics = metrics_of(finished)
     assert metrics.keys() >= KEYS_OF_SCRIPTS
     assert (metrics["name"], metrics["seed"], metrics["data_set"]) == ("run", 0, "digits")
     assert metrics["learner"] == learner
@@ -66,8 +75,8 @@ def test_metrics_have_every_key_that_scripts_rely_on(whole_run: RunTiny, learner
     assert ("continuum" in metrics) == (learner == "dkt_official")
 
 
-def test_the_accuracy_matrix_is_null_where_a_task_is_not_seen_yet(whole_run: RunTiny, learner: str) -> None:
-    matrix = metrics_of(whole_run(learner=learner))["accuracy_matrix"]
+def test_the_accuracy_matrix_is_null_where_a_task_is_not_seen_yet(finished: Path) -> None:
+    matrix = metrics_of(finished)["accuracy_matrix"]
     assert [[value is None for value in row] for row in matrix] == [
         [False, True, True],
         [False, False, True],
@@ -76,8 +85,8 @@ def test_the_accuracy_matrix_is_null_where_a_task_is_not_seen_yet(whole_run: Run
     assert all(0 <= value <= 1 for row in matrix for value in row if value is not None)
 
 
-def test_every_number_follows_from_the_matrix_and_the_number_of_images(whole_run: RunTiny, learner: str) -> None:
-    metrics = metrics_of(whole_run(learner=learner))
+def test_every_number_follows_from_the_matrix_and_the_number_of_images(finished: Path) -> None:
+    metrics = metrics_of(finished)
     matrix = np.array(metrics["accuracy_matrix"], dtype=float)
     images = np.array(metrics["num_test_images"])
     assert images.tolist() == [73, 73, 74]
@@ -90,25 +99,23 @@ def test_every_number_follows_from_the_matrix_and_the_number_of_images(whole_run
     assert metrics["backward_transfer"] == pytest.approx(np.mean(matrix[2, :2] - matrix.diagonal()[:2]))
 
 
-def test_accuracies_before_fine_tuning_stand_where_there_is_fine_tuning(whole_run: RunTiny, learner: str) -> None:
-    run = whole_run(learner=learner)
-    before = metrics_of(run)["accuracy_before_finetuning"]
+def test_accuracies_before_fine_tuning_stand_where_there_is_fine_tuning(finished: Path, learner: str) -> None:
+    before = metrics_of(finished)["accuracy_before_finetuning"]
     assert [value is None for value in before] == [True, learner not in FINETUNING, learner not in FINETUNING]
-    read = [e["accuracy"] for e in facts_of(run) if e["event"] == "evaluated" and e["when"] == "before_finetuning"]
+    read = [e["accuracy"] for e in facts_of(finished) if e["event"] == "evaluated" and e["when"] == "before_finetuning"]
     assert read == [value for value in before if value is not None]
 
 
-def test_the_memory_never_exceeds_its_size(whole_run: RunTiny, learner: str) -> None:
-    run = whole_run(learner=learner)
-    updates = [event for event in facts_of(run) if event["event"] == "memory_updated"]
-    if learner in ("finetune", "joint"):  # they train on no exemplars, so none are chosen
-        assert metrics_of(run)["exemplars"] == [0, 0, 0]
+def test_the_memory_never_exceeds_its_size(finished: Path, learner: str) -> None:
+    updates = [event for event in facts_of(finished) if event["event"] == "memory_updated"]
+    if learner in ("ewc", "finetune", "joint", "lwf"):  # they train on no exemplars, so none are chosen
+        assert metrics_of(finished)["exemplars"] == [0, 0, 0]
         assert updates == []
         return
-    assert metrics_of(run)["exemplars"] == [24, 24, 24]
+    assert metrics_of(finished)["exemplars"] == [24, 24, 24]
     assert [(event["num_exemplars"], event["per_class"]) for event in updates] == [(24, 12), (24, 6), (24, 4)]
     for stage in range(3):
-        exemplars = json.loads((run / f"stage_{stage:03}" / "stage.json").read_text())["exemplars"]["exemplars"]
+        exemplars = json.loads((finished / f"stage_{stage:03}" / "stage.json").read_text())["exemplars"]["exemplars"]
         assert [label for label, _ in exemplars] == list(range(2 * stage + 2))
         assert len({sample for _, ids in exemplars for sample in ids}) == 24
 
@@ -118,10 +125,10 @@ def test_a_memory_that_does_not_divide_stays_below_its_size(run_tiny: RunTiny) -
     assert metrics["exemplars"] == [6, 4, 6]
 
 
-def test_a_run_folder_holds_what_it_should_and_nothing_else(whole_run: RunTiny, learner: str) -> None:
+def test_a_run_folder_holds_what_it_should_and_nothing_else(finished: Path) -> None:
     stages = [f"stage_{stage:03}/{file}" for stage in range(3) for file in ("network.safetensors", "stage.json")]
     states = [f"stage_{stage:03}/state.pt" for stage in range(3)]
-    assert sorted(content_of(whole_run(learner=learner))) == sorted(
+    assert sorted(content_of(finished)) == sorted(
         ["config.yaml", "events.jsonl", "metrics.json", "report.html", *stages, *states]
     )
 
@@ -135,8 +142,8 @@ def test_the_config_is_stored_resolved_with_versions_and_git_state(whole_run: Ru
     assert check(record["config"]).model_dump(mode="json") == record["config"]
 
 
-def test_the_report_is_one_page_that_loads_nothing(whole_run: RunTiny, learner: str) -> None:
-    page = (whole_run(learner=learner) / "report.html").read_text()
+def test_the_report_is_one_page_that_loads_nothing(finished: Path) -> None:
+    page = (finished / "report.html").read_text()
     assert page.count("<svg") >= 4
     assert not re.findall(r"<(?:script|img|iframe)[^>]*\ssrc\s*=", page)
     assert not re.findall(r"<link\b|@import|url\((?!#)", page)
@@ -182,11 +189,11 @@ def test_weights_carry_no_name_date_or_path(whole_run: RunTiny, run_tiny: RunTin
     assert {name: other[name] for name in same} == {name: content_of(whole_run())[name] for name in same}
 
 
-def test_the_same_seed_gives_the_same_bits(whole_run: RunTiny, run_tiny: RunTiny, learner: str) -> None:
-    again = run_tiny("name=again", learner=learner)
-    assert results_of(again) == results_of(whole_run(learner=learner))
-    assert_same_weights(weights_of(again), weights_of(whole_run(learner=learner)))
-    assert facts_of(again) == facts_of(whole_run(learner=learner))
+def test_the_same_seed_gives_the_same_bits(finished: Path, run_tiny: RunTiny, learner: str) -> None:
+    again = run_tiny("name=again", *COMPANIONS.get(learner, ()), learner=learner)
+    assert results_of(again) == results_of(finished)
+    assert_same_weights(weights_of(again), weights_of(finished))
+    assert facts_of(again) == facts_of(finished)
 
 
 def test_another_seed_gives_other_weights_and_the_same_classes(whole_run: RunTiny, run_tiny: RunTiny) -> None:
@@ -249,12 +256,11 @@ def test_classes_keep_their_names_in_any_order(run_tiny: RunTiny) -> None:
     assert started == [["7", "3"], ["9", "0"]]
 
 
-def test_a_loaded_run_scores_as_the_run_did(whole_run: RunTiny, learner: str) -> None:
-    run = whole_run(learner=learner)
-    metrics = metrics_of(run)
-    test = open_data(config_of(run)).test
+def test_a_loaded_run_scores_as_the_run_did(finished: Path) -> None:
+    metrics = metrics_of(finished)
+    test = open_data(config_of(finished)).test
     for stage in (0, 1, None):
-        model = cil.load(run, stage)
+        model = cil.load(finished, stage)
         row = metrics["accuracy_matrix"][2 if stage is None else stage]
         num_tasks = len(model.class_names) // 2
         assert model.class_names == tuple("012345")[: 2 * num_tasks]
