@@ -54,7 +54,7 @@ def refuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refuse:
         ("kd=[dkt,kdd]", "kd=kdd: unknown kd 'kdd'; did you mean 'kd'?"),
         ("experiment=demoo", "experiment=demoo: unknown experiment 'demoo'; did you mean 'demo'?"),
         ("learner.name=dkt_offical", "unknown learner 'dkt_offical'; did you mean 'dkt_official'?"),
-        ("model.name=resnet_cifra", "model.name=resnet_cifra: unknown model 'resnet_cifra'; did you mean 'resnet_cifar'?"),
+        ("model.name=resnet_cifra", "unknown model 'resnet_cifra'; did you mean 'resnet_cifar'?"),
         ("memory.selection=herdin", "memory.selection=herdin: unknown selection rule 'herdin'; did you mean 'herding'"),
         ("data.augment.flipp={}", "data.augment.flipp=flipp: unknown augmentation 'flipp'; did you mean 'flip'?"),
         (
