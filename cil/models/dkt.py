@@ -8,7 +8,7 @@ classes, plasticity for the newest. There is no positional embedding: the depthw
 Shapes in the names of axes: b batch, n patches, t task tokens, d width, h and w of the grid of patches.
 """
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +57,43 @@ class TokenPool(nn.Module):
         return repeat(torch.cat([newest, *older], dim=1), "1 t d -> b t d", b=batch_size)
 
 
-class ConvPatchEmbedding(nn.Module):
+class _Rest(torch.autograd.Function):
+    """The value itself, with the gradient 0."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return torch.zeros_like(gradients[0])
+
+
+class BeforeNorm(nn.Module):
+    """Parts whose biases meet a BatchNorm, which takes the mean of the batch away while it trains.
+
+    The gradient of such a bias is 0, and what is computed is rounding. Adam divides it by its own size and so moves the
+    bias by a whole learning rate in a random direction; training does not feel it, but the running mean of the norm,
+    which follows late, does in evaluation. So the bias is given the gradient it has.
+    """
+
+    still_biases = True
+
+    def bias(self, layer: nn.Conv2d | nn.LayerNorm, norm: nn.BatchNorm2d) -> Tensor:
+        """The bias of `layer`, behind which `norm` stands."""
+        assert layer.bias is not None
+        resting: Tensor = _Rest.apply(layer.bias) if self.still_biases and norm.training else layer.bias
+        return resting
+
+    def convolved(
+        self, x: Float[Tensor, "batch channels rows columns"], layer: nn.Conv2d, norm: nn.BatchNorm2d
+    ) -> Tensor:
+        """What `layer` and then `norm` make of a map."""
+        maps: Tensor = norm(layer._conv_forward(x, layer.weight, self.bias(layer, norm)))
+        return maps
+
+
+class ConvPatchEmbedding(BeforeNorm):
     """Convolution, BatchNorm, max-pooling, then one strided convolution that cuts patches (not overlapping).
 
     Args:
@@ -113,7 +149,7 @@ class ConvPatchEmbedding(nn.Module):
         """The tokens, row by row, and their grid."""
         grid = self.grid(*images.shape[2:])
         images = images.contiguous(memory_format=torch.channels_last)
-        patches = self.project(self.pool(self.norm(self.stem(images))))
+        patches = self.project(self.pool(self.convolved(images, self.stem, self.norm)))
         return rearrange(patches, "b d h w -> b (h w) d").contiguous(), grid
 
 
@@ -145,16 +181,7 @@ class Attention(nn.Module):
         return projected
 
 
-def hold_still(layer: nn.Conv2d | nn.LayerNorm, norm: nn.BatchNorm2d) -> None:
-    """Give the bias of `layer` the gradient it has, 0, while `norm` behind it takes the mean of the batch away.
-
-    What is computed is rounding. Adam divides it by its own size and so moves the bias by a whole learning rate in a
-    random direction; training does not feel it, but the running mean of `norm`, which follows late, does in evaluation.
-    """
-    layer.bias.register_hook(lambda gradient: torch.zeros_like(gradient) if norm.training else gradient)  # type: ignore[union-attr]
-
-
-class ConvMLP(nn.Module):
+class ConvMLP(BeforeNorm):
     """Two 1x1 convolutions around a 3x3 depthwise one on the grid of patches, each with BatchNorm.
 
     Args:
@@ -171,22 +198,18 @@ class ConvMLP(nn.Module):
         self.reduce = nn.Conv2d(hidden, width, 1)
         self.bn3 = nn.BatchNorm2d(width)
 
-    def normalised(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
-        """Every convolution with the BatchNorm behind it."""
-        return [(self.expand, self.bn1), (self.depthwise, self.bn2), (self.reduce, self.bn3)]
-
     def forward(self, tokens: Tokens, grid: Grid) -> Tokens:
         """Tokens in, tokens out."""
         height, width = grid
         # both rearrangements are views: tokens are a map in channels-last memory
         x = rearrange(tokens, "b (h w) d -> b d h w", h=height, w=width)
-        x = F.gelu(self.bn1(self.expand(x)))
-        x = F.gelu(self.bn2(self.depthwise(x)))
-        tokens = rearrange(self.bn3(self.reduce(x)), "b d h w -> b (h w) d")
+        x = F.gelu(self.convolved(x, self.expand, self.bn1))
+        x = F.gelu(self.convolved(x, self.depthwise, self.bn2))
+        tokens = rearrange(self.convolved(x, self.reduce, self.bn3), "b d h w -> b (h w) d")
         return tokens
 
 
-class Block(nn.Module):
+class Block(BeforeNorm):
     """What the three kinds of blocks share: attention, then the convolutional MLP, both residual.
 
     Args:
@@ -207,7 +230,9 @@ class Block(nn.Module):
     def update(self, x: Tokens, queries: Tokens, context: Float[Tensor, "batch keys dim"], grid: Grid) -> Tokens:
         """`x` with what its normalised form, `queries`, learns from `context`, and the MLP of that."""
         x = x + self.drop_attention(self.attention(queries, context))
-        updated: Tokens = x + self.drop_mlp(self.mlp(self.norm2(x), grid))
+        bias = self.bias(self.norm2, self.mlp.bn1)  # `expand`, in between, is linear
+        normalised = F.layer_norm(x, self.norm2.normalized_shape, self.norm2.weight, bias, self.norm2.eps)
+        updated: Tokens = x + self.drop_mlp(self.mlp(normalised, grid))
         return updated
 
 
@@ -295,7 +320,7 @@ class DKTNetwork(Network):
         drop_path: Stochastic depth; block i of the encoder drops at `drop_path * i / depth`, the decoder never.
         merge_norm: See `StabilityClassifier.absorb`; False is the release (R3b).
         merge_bias: See `StabilityClassifier.absorb`; False is the release (R3a).
-        still_biases: Let the biases that training cannot feel rest, see `hold_still`. False is the release, where Adam
+        still_biases: Let the biases that training cannot feel rest, see `BeforeNorm`. False is the release, where Adam
             makes full steps of the rounding that is their gradient.
 
     Raises:
@@ -348,12 +373,9 @@ class DKTNetwork(Network):
         self.skab = SKAB(width, num_heads, hidden)
         self.stability = StabilityClassifier(width)
         self.plasticity: PlasticityClassifier | None = None
-        if still_biases:
-            hold_still(patch_embedding.stem, patch_embedding.norm)
-            for block in [*blocks, self.skab]:
-                hold_still(block.norm2, block.mlp.bn1)  # `expand` carries it there
-                for convolution, norm in block.mlp.normalised():
-                    hold_still(convolution, norm)
+        for module in self.modules():
+            if isinstance(module, BeforeNorm):
+                module.still_biases = still_biases
 
     def _grow(self, num_new: int) -> None:
         self.token_pool.grow()
