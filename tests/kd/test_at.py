@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import tests.parity.ops_feature  # noqa: F401  (enters the operations)
 from kd import Batch, Distiller, Outputs, distillers, frozen
 from kd.feature.at import AT, ATGradient, attention_map, attention_maps
 from kd.taps import Tapped

@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import tests.parity.ops_logit  # noqa: F401  (enters the operations)
 from kd import Batch, Distiller, Outputs, distillers
 from kd.logit.ban import BAN, CWTM, DKPP, ensemble, permuted, soft_cross_entropy
 from kd.logit.kd import KD

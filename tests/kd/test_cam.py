@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import tests.parity.ops_cam_search  # noqa: F401  (enters the operations)
 from kd.cam import CAM, class_maps, normalised, overlay
 from kd.taps import Tapped
 from kd.teacher import frozen

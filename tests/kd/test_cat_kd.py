@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import tests.parity.ops_cam_search  # noqa: F401  (enters the operations)
 from kd import Batch, Outputs, distillers
 from kd.cam import class_maps
 from kd.feature.cat_kd import CATKD, binarized, without_bias

@@ -13,7 +13,6 @@ from scipy.stats import kendalltau
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-import tests.parity.ops_cam_search  # noqa: F401  (enters the operations)
 from cil.models.backbones.resnet_cifar import BasicBlock
 from kd import Batch, Outputs
 from kd.feature.sp import SP

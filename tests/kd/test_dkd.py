@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import tests.parity.ops_logit  # noqa: F401  (enters the operations)
 from kd import Batch, Outputs, distillers
 from kd.logit.dkd import DKD
 from kd.logit.kd import KD

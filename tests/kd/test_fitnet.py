@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import tests.parity.ops_feature  # noqa: F401  (enters the operations)
 from kd import Batch, Outputs, distillers
 from kd.connect import probe
 from kd.feature.fitnet import FitNet, guided_parameters

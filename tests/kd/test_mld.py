@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import tests.parity.ops_logit  # noqa: F401  (enters the operations)
 from kd import Batch, Outputs, distillers
 from kd.logit.kd import KD
 from kd.logit.mld import MLD, batch_level, class_level, instance_level, rare_classes, uncertain_samples

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import tests.parity.ops_feature  # noqa: F401  (enters the operations)
 from kd import Batch, Outputs, distillers, frozen
 from kd.connect import probe
 from kd.feature.reviewkd import ReviewKD, hcl

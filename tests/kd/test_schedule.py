@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import tests.parity.ops_logit  # noqa: F401  (enters the operations)
 from kd import Batch, Distiller, Outputs, WeightedSum
 from kd.logit.kd import KD
 from kd.schedule import AtEpoch, LastDrop, Plateau, Schedule, shortened, stop_rules

@@ -2,11 +2,10 @@
 
 from typing import Literal
 
-from einops import reduce
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cil.models.backbones.resnet_cifar import BasicBlock, convolved_shortcut
+from cil.models.backbones.resnet_cifar import BasicBlock, StagedBackbone, convolved_shortcut
 from cil.models.network import BackboneNetwork, InputShape, TapPaths, models
 
 Maps = Float[Tensor, "batch channels height width"]
@@ -49,7 +48,7 @@ class Bottleneck(nn.Module):
         return maps
 
 
-class ResNetBackbone(nn.Module):
+class ResNetBackbone(StagedBackbone):
     """A 3x3 convolution, four stages, and the mean over places.
 
     Args:
@@ -58,12 +57,8 @@ class ResNetBackbone(nn.Module):
     """
 
     def __init__(self, channels: int, depth: int) -> None:
-        super().__init__()
         before = _WIDTHS[0]
-        self.conv = nn.Conv2d(channels, before, 3, padding=1, bias=False)
-        self.bn = nn.BatchNorm2d(before)
-        self.act = nn.ReLU()
-        self.stages = nn.ModuleList()
+        super().__init__(channels, before)
         for width, stride, num_blocks in zip(_WIDTHS, (1, 2, 2, 2), _NUM_BLOCKS[depth], strict=True):
             blocks: list[nn.Module] = []
             for block_stride in (stride, *[1] * (num_blocks - 1)):
@@ -77,14 +72,6 @@ class ResNetBackbone(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-    def forward(self, images: Maps) -> Float[Tensor, "batch embedding"]:
-        """The embedding of each image."""
-        maps = self.act(self.bn(self.conv(images)))
-        for stage in self.stages:
-            maps = stage(maps)
-        embedding: Tensor = reduce(maps, "b c h w -> b c", "mean")
-        return embedding
 
 
 @models.register("resnet")

@@ -75,7 +75,32 @@ class BasicBlock(nn.Module):
         return maps
 
 
-class ResNetCifarBackbone(nn.Module):
+class StagedBackbone(nn.Module):
+    """A convolution with BatchNorm and ReLU, stages one behind the other, and the mean over places.
+
+    Args:
+        channels: Channels of an image.
+        stem_width: Channels of the convolution.
+        kernel: Its kernel; the maps keep their size.
+    """
+
+    def __init__(self, channels: int, stem_width: int, kernel: int = 3) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, stem_width, kernel, padding=kernel // 2, bias=False)
+        self.bn = nn.BatchNorm2d(stem_width)
+        self.act = nn.ReLU()
+        self.stages = nn.ModuleList()
+
+    def forward(self, images: Maps) -> Float[Tensor, "batch embedding"]:
+        """The embedding of each image."""
+        maps = self.act(self.bn(self.conv(images)))
+        for stage in self.stages:
+            maps = stage(maps)
+        embedding: Tensor = reduce(maps, "b c h w -> b c", "mean")
+        return embedding
+
+
+class ResNetCifarBackbone(StagedBackbone):
     """A convolution, three stages of blocks of 1, 2 and 4 times `width` channels, and the mean over places.
 
     Args:
@@ -94,11 +119,7 @@ class ResNetCifarBackbone(nn.Module):
         stem_width: int,
         shortcut: Callable[[int, int, int], nn.Module],
     ) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, stem_width, 3, padding=1, bias=False)
-        self.bn = nn.BatchNorm2d(stem_width)
-        self.act = nn.ReLU()
-        self.stages = nn.ModuleList()
+        super().__init__(channels, stem_width)
         before = stem_width
         for after, stride in zip((width, 2 * width, 4 * width), (1, 2, 2), strict=True):
             rest = [BasicBlock(after, after, 1, shortcut) for _ in range(num_blocks - 1)]
@@ -107,14 +128,6 @@ class ResNetCifarBackbone(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-    def forward(self, images: Maps) -> Float[Tensor, "batch embedding"]:
-        """The embedding of each image."""
-        maps = self.act(self.bn(self.conv(images)))
-        for stage in self.stages:
-            maps = stage(maps)
-        embedding: Tensor = reduce(maps, "b c h w -> b c", "mean")
-        return embedding
 
 
 @models.register("resnet_cifar")

@@ -1,10 +1,11 @@
 """ShuffleNet (Zhang et al., CVPR 2018, arXiv:1707.01083) for small images."""
 
 import torch
-from einops import rearrange, reduce
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from cil.models.backbones.resnet_cifar import StagedBackbone
 from cil.models.network import BackboneNetwork, InputShape, TapPaths, models
 
 Maps = Float[Tensor, "batch channels height width"]
@@ -51,7 +52,7 @@ class ShuffleBlock(nn.Module):
         return maps
 
 
-class ShuffleNetV1Backbone(nn.Module):
+class ShuffleNetV1Backbone(StagedBackbone):
     """A 1x1 convolution, three stages, and the mean over places; torch's default initial values.
 
     Args:
@@ -59,25 +60,13 @@ class ShuffleNetV1Backbone(nn.Module):
     """
 
     def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, _STEM_WIDTH, 1, bias=False)
-        self.bn = nn.BatchNorm2d(_STEM_WIDTH)
-        self.act = nn.ReLU()
-        self.stages = nn.ModuleList()
+        super().__init__(channels, _STEM_WIDTH, kernel=1)
         before, num_first_groups = _STEM_WIDTH, 1  # so few channels as those of the stem are not grouped
         for after, num_blocks in zip(_WIDTHS, _NUM_BLOCKS, strict=True):
             first = ShuffleBlock(before, after, 2, num_first_groups)
             rest = [ShuffleBlock(after, after, 1, _NUM_GROUPS) for _ in range(num_blocks - 1)]
             self.stages.append(nn.Sequential(first, *rest))
             before, num_first_groups = after, _NUM_GROUPS
-
-    def forward(self, images: Maps) -> Float[Tensor, "batch embedding"]:
-        """The embedding of each image."""
-        maps = self.act(self.bn(self.conv(images)))
-        for stage in self.stages:
-            maps = stage(maps)
-        embedding: Tensor = reduce(maps, "b c h w -> b c", "mean")
-        return embedding
 
 
 @models.register("shufflenetv1")
