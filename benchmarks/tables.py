@@ -1,4 +1,4 @@
-"""Makes the result tables of docs/results.md: `python -m benchmarks.tables demo` or `cifar100_c50`.
+"""Makes the result tables of docs/results.md: `python -m benchmarks.tables demo`, `cifar100_c50` or `cifar100_kd`.
 
 Runs what is missing, one run after another, and prints a Markdown table of what is there; the same command again goes
 on where it was stopped. `--print` only prints.
@@ -56,13 +56,104 @@ HEADER = (
 )
 
 
+# Static distillation: one teacher, and students that differ in the method
+
+KD_TABLE = "cifar100_kd"
+TEACHER = f"{KD_TABLE}-teacher"
+TEACHER_SCHEDULE = ["student=resnet56", "optim.epochs=80", "optim.schedule.milestones=[50,60,70]"]
+TAUGHT = ["pair=resnet56_resnet20", f"teacher={TEACHER}"]
+#: Row of the table to what makes it; those of three seeds stand in `THREE_SEEDS`.
+METHODS: dict[str, list[str]] = {
+    "plain": ["student=resnet20"],
+    **{name: [*TAUGHT, f"kd={name}"] for name in ("kd", "at", "fitnet", "sp", "crd", "reviewkd", "cat_kd", "dkd")},
+    "mld": [*TAUGHT, "kd=mld2", "data=cifar100_kd_strong", "optim.lr=0.025"],
+    "kd+dot": [*TAUGHT, "kd=kd", "optim=dot"],
+    "dkd+dot": [*TAUGHT, "kd=dkd", "optim=dot"],
+    "eskd": [*TAUGHT, "kd=eskd"],
+    "ban": ["student=resnet20", f"teacher={KD_TABLE}-plain-seed0", "kd=ban", "generations=2"],
+    "takd": [*TAUGHT, "kd=takd", "assistants=[resnet32_conv]"],
+}
+THREE_SEEDS = ("plain", "kd", "dkd", "reviewkd", "cat_kd", "mld", "kd+dot")
+KD_HEADER = (
+    "| method | accuracy of each seed | mean | deviation | above plain | adapters | images/s (median epoch) "
+    "| minutes |\n"
+    "|---|---|---|---|---|---|---|---|"
+)
+
+
+def distillation_runs(runs_dir: Path) -> list[list[str]]:
+    """What trains the teacher and then every student, the first seed of all rows before the others."""
+    experiment = [f"experiment={KD_TABLE}", f"runs_dir={runs_dir}"]
+    cache = [f"++teacher_cache.folder={runs_dir / 'teacher_cache'}", "++teacher_cache.max_gib=30"]
+    runs = [[*experiment, *TEACHER_SCHEDULE, f"name={TEACHER}"]]
+    for seed in range(3):
+        for name, words in METHODS.items():
+            if seed == 0 or name in THREE_SEEDS:
+                kept = cache if "teacher=" in " ".join(words) else []
+                runs.append([*experiment, *words, *kept, f"seed={seed}", f"name={KD_TABLE}-{name}-seed{seed}"])
+    return runs
+
+
+def distillation_table(runs_dir: Path) -> str:
+    """The finished students in Markdown."""
+
+    def read(name: str) -> dict[str, Any] | None:
+        path = runs_dir / f"{KD_TABLE}-{name}" / "metrics.json"
+        metrics = json.loads(path.read_text()) if path.exists() else None
+        return metrics if metrics is not None and metrics["finished"] else None
+
+    lines = []
+    teacher = read("teacher")
+    if teacher is not None:
+        lines.append(f"Teacher: {100 * teacher['last_accuracy']:.2f} %, {teacher['wall_seconds'] / 60:.0f} minutes.\n")
+    lines.append(KD_HEADER)
+    plain: float | None = None
+    for name in METHODS:
+        runs = [found for seed in range(3) if (found := read(f"{name}-seed{seed}")) is not None]
+        if not runs:
+            continue
+        accuracies = [100 * run["last_accuracy"] for run in runs]
+        mean = statistics.mean(accuracies)
+        plain = mean if name == "plain" else plain
+        events = read_events(runs_dir / runs[0]["name"] / "events.jsonl")
+        rates = [event["images_per_second"] for event in events if event["event"] == "epoch"]
+        adapters = max(event.get("num_auxiliary", 0) for event in events if event["event"] == "stage_started")
+        cells = [
+            name,
+            ", ".join(f"{accuracy:.2f}" for accuracy in accuracies),
+            f"{mean:.2f}",
+            f"{statistics.stdev(accuracies):.2f}" if len(accuracies) > 1 else "-",
+            "-" if plain is None or name == "plain" else f"{mean - plain:+.2f}",
+            f"{adapters:,}".replace(",", " "),
+            f"{statistics.median(rates):.0f}",
+            f"{statistics.mean(run['wall_seconds'] for run in runs) / 60:.1f}",
+        ]
+        if len(runs[0]["networks"]) > 1:
+            stages = ", ".join(f"{100 * accuracy:.2f}" for accuracy in runs[0]["accuracy_after"])
+            ensembles = "".join(f", ensemble of {n} {100 * a:.2f}" for n, a in runs[0]["ensemble_accuracy"].items())
+            cells[0] += f" ({' -> '.join(runs[0]['networks'])}: {stages}{ensembles})"
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def make_distillation_table(runs_dir: Path, *, train: bool) -> int:
+    """Run what is missing, one student after another; print what is there."""
+    failed = 0
+    for overrides in distillation_runs(runs_dir) if train else ():
+        failed |= run(overrides, program="distill.py", config_name="distill")
+    print(distillation_table(runs_dir))
+    return failed
+
+
 def main() -> int:
     """Run what is missing, print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=__doc__)
-    parser.add_argument("table", choices=sorted(TABLES))
+    parser.add_argument("table", choices=sorted([*TABLES, KD_TABLE]))
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"))
     parser.add_argument("--print", action="store_true", help="train nothing")
     arguments = parser.parse_args()
+    if arguments.table == KD_TABLE:
+        return make_distillation_table(arguments.runs_dir, train=not arguments.print)
     failed = 0
     for overrides in TABLES[arguments.table]:
         if not arguments.print:

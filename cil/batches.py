@@ -20,6 +20,7 @@ class Batches:
 
     def __init__(self, run: Run) -> None:
         self.labels, self.memory, self.seed = run.samples.labels, run.memory, run.config.seed
+        self.data_seed = run.config.data_seed
         self.num_classes = run.tasks.num_classes
         self._counts = np.bincount(self.labels[self.labels >= 0].numpy(), minlength=self.num_classes)
 
@@ -40,15 +41,22 @@ class Batches:
         """Where the random numbers of an epoch come from."""
         return derive(self.seed, "epoch", stage.index, phase, epoch)
 
+    def view_key(self, stage: Stage, number: int, phase: Phase, epoch: int) -> int:
+        """Where the augmentation of an epoch comes from: the same for all epochs that part one pass."""
+        turn = epoch // phase.recipe.sampling.epoch_parts
+        if self.data_seed is None:
+            return self.key(stage, number, turn)
+        return derive(self.data_seed, "augmentation", stage.index, number, turn)
+
     def plan(
         self, ids: Int[Tensor, " samples"], stage: Stage, number: int, phase: Phase, epoch: int
     ) -> list[tuple[Int[Tensor, " batch"], Int[Tensor, " batch"]]]:
         """The batches of an epoch: ids and views."""
         sampling = phase.recipe.sampling
-        halved = sampling.emulate_missing_launcher
-        return epoch_plan(
+        halved, parts = sampling.emulate_missing_launcher, sampling.epoch_parts
+        batches = epoch_plan(
             ids,
-            key=derive(self.key(stage, number, 0 if halved else epoch), "order"),
+            key=derive(self.key(stage, number, 0 if halved else epoch // parts), "order"),
             batch_size=phase.batch_size,
             shuffle=sampling.shuffle,
             views=sampling.views,
@@ -56,6 +64,8 @@ class Batches:
             drop_last=sampling.drop_last,
             num_shares=2 if halved else 1,
         )
+        part = epoch % parts
+        return batches[part * len(batches) // parts : (part + 1) * len(batches) // parts]
 
     def num_images(self, stage: Stage, phase: Phase) -> int:
         """Images that a phase will show in all its epochs, known before its exemplars are (short classes aside)."""
@@ -69,4 +79,4 @@ class Batches:
         }[phase.source]
         sampling = phase.recipe.sampling
         shown = samples // sampling.round_to * sampling.round_to // (2 if sampling.emulate_missing_launcher else 1)
-        return shown * phase.recipe.epochs
+        return shown * phase.recipe.epochs // sampling.epoch_parts

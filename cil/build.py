@@ -1,18 +1,24 @@
 """From a checked config to the parts of a run. Nothing is written here."""
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from cil.config import Config, Counting, counting_of
+from cil.config import Config, Counting, Part, RunConfig, counting_of
 from cil.data import DataSet, Images, Transform, augmentations, data_sets, validation_split
 from cil.evaluation import Reader
+from cil.events import EventLog, SilentLog
 from cil.learners.base import Learner, learners
 from cil.memory import ExemplarMemory
 from cil.models.network import Network, models
 from cil.precision import Precision, resolve_device
+from cil.progress import Progress
+from cil.results import History, metrics
 from cil.seeding import derive, seeded
+from cil.stages import Stage
 from cil.tasks import TaskSequence, task_sequence
 from kd import WeightedSum, distillers
 
@@ -27,6 +33,7 @@ class Samples:
         eval_images: Images results are read on.
         eval_labels: Likewise.
         transform: Makes a network's input.
+        strong: Makes the second view of it; None if none is configured.
         eval_split: "test" or "validation".
     """
 
@@ -35,10 +42,11 @@ class Samples:
     eval_images: Images
     eval_labels: Tensor
     transform: Transform
+    strong: Transform | None
     eval_split: str
 
 
-def open_data(config: Config) -> DataSet:
+def open_data(config: RunConfig) -> DataSet:
     """The data set of a config.
 
     Raises:
@@ -67,30 +75,42 @@ def make_tasks(config: Config, data: DataSet) -> TaskSequence:
     return tasks
 
 
-def make_transform(config: Config, data: DataSet) -> Transform:
-    """Augmentation and normalisation of a config."""
-    chosen = {name: values for name, values in config.data.augment.items() if values is not None}
+def make_transform(config: RunConfig, data: DataSet, view: Literal["augment", "strong"] = "augment") -> Transform:
+    """Augmentation and normalisation of a config, for the first or the second view."""
+    listed: dict[str, dict[str, Any] | None] = getattr(config.data, view)
+    chosen = {name: values for name, values in listed.items() if values is not None}
     return Transform([augmentations[name](**values) for name, values in chosen.items()], data.mean, data.std)
 
 
-def make_network(config: Config, input_shape: tuple[int, int, int]) -> Network:
-    """The network of a config, without classes yet; its weights come from the run's seed."""
-    with seeded(config.seed, "network"):
-        network: Network = models[config.model.name](input_shape, **config.model.parameters)
+def make_network(part: Part, seed: int, input_shape: tuple[int, int, int], index: int = 0) -> Network:
+    """A network without classes; its weights come from the run's seed.
+
+    Args:
+        part: What is configured.
+        seed: The run's.
+        input_shape: Channels, height and width of an image.
+        index: Which network of the run this is.
+    """
+    with seeded(seed, "network", *([index] if index else [])):
+        network: Network = models[part.name](input_shape, **part.parameters)
     return network
 
 
-def make_distillation(config: Config) -> WeightedSum | None:
+def make_distillation(config: RunConfig) -> WeightedSum | None:
     """The distillation terms of a config; None if there are none."""
-    terms, schedules = {}, {}
+    terms, schedules, task_weights = {}, {}, {}
     for name, values in config.kd.items():
         counting = counting_of(values)
-        parameters = {key: value for key, value in values.items() if key not in {"method", "weight", *counting}}
+        own = {"method", "weight", "task_weight", *counting}
+        parameters = {key: value for key, value in values.items() if key not in own}
         if counting:
             schedules[name] = Counting(**counting).schedule()
+        if "task_weight" in values:
+            task_weights[name] = float(values["task_weight"])
         with seeded(config.seed, "kd", name):
             terms[name] = (float(values.get("weight", 1.0)), distillers[values.get("method", name)](**parameters))
-    return WeightedSum(terms, schedules=schedules) if terms else None
+    task_weight = min(task_weights.values(), default=1.0)
+    return WeightedSum(terms, schedules=schedules, task_weight=task_weight) if terms else None
 
 
 def make_learner(config: Config, network: Network) -> Learner:
@@ -101,19 +121,21 @@ def make_learner(config: Config, network: Network) -> Learner:
     return learner
 
 
-def make_samples(config: Config, data: DataSet, tasks: TaskSequence, transform: Transform) -> Samples:
+def make_samples(config: RunConfig, data: DataSet, tasks: TaskSequence, transform: Transform) -> Samples:
     """Training and evaluation samples: held-out images leave the training set and keep their ids."""
-    labels = tasks.learned(data.train.labels)
-    if not config.data.validation:
-        return Samples(data.train, labels, data.test, tasks.learned(data.test.labels), transform, "test")
-    kept, held_out = validation_split(data.train.labels, config.data.validation, derive(config.seed, "validation"))
-    training = torch.full_like(labels, -1)
-    training[kept] = labels[kept]
-    if config.evaluate_on == "test":
-        return Samples(data.train, training, data.test, tasks.learned(data.test.labels), transform, "test")
-    validation = torch.full_like(labels, -1)
-    validation[held_out] = labels[held_out]
-    return Samples(data.train, training, data.train, validation, transform, "validation")
+    strong = make_transform(config, data, "strong") if config.data.strong else None
+    training, images = tasks.learned(data.train.labels), data.test
+    evaluation, split = tasks.learned(data.test.labels), "test"
+    if config.data.validation:
+        _, held_out = validation_split(
+            data.train.labels, config.data.validation, derive(config.split_seed, "validation")
+        )
+        labels = training.clone()
+        training[held_out] = -1
+        if config.evaluate_on == "validation":
+            images, evaluation, split = data.train, torch.full_like(labels, -1), "validation"
+            evaluation[held_out] = labels[held_out]
+    return Samples(data.train, training, images, evaluation, transform, strong, split)
 
 
 @dataclass
@@ -131,7 +153,7 @@ class Run:
         reader: Evaluates.
     """
 
-    config: Config
+    config: RunConfig
     data: DataSet
     tasks: TaskSequence
     samples: Samples
@@ -141,7 +163,7 @@ class Run:
     reader: Reader
 
     @classmethod
-    def build(cls, config: Config) -> "Run":
+    def build(cls, config: RunConfig) -> "Run":
         """Build every part of a run.
 
         Raises:
@@ -151,13 +173,6 @@ class Run:
             torch.set_num_threads(config.num_threads)
         device = resolve_device(config.device)
         precision = Precision.resolve(config.precision, device)
-        data = open_data(config)
-        tasks = make_tasks(config, data)
-        transform = make_transform(config, data)
-        network = make_network(config, data.train.input_shape)
-        learner = make_learner(config, network).to(device, precision.dtype)
-        size = config.memory.size if learner.uses_memory else 0
-        memory = ExemplarMemory(size=size, budget=config.memory.budget, selection=config.memory.selection)
         eval_precision = precision
         if config.evaluation.precision is not None:
             eval_precision = Precision.resolve(config.evaluation.precision, device)
@@ -166,6 +181,57 @@ class Run:
                     f"evaluation.precision={config.evaluation.precision} does not go with precision={precision.name}: "
                     "fp64 weights are evaluated in fp64, and only they"
                 )
+        data = open_data(config)
+        transform = make_transform(config, data)
         reader = Reader(transform, eval_precision, config.evaluation.batch_size)
+        tasks = cls.divide(config, data)
         samples = make_samples(config, data, tasks, transform)
+        learner = cls.make_learner(config, data, samples, reader).to(device, precision.dtype)
+        exemplars = config.exemplars
+        size = exemplars.size if learner.uses_memory else 0
+        memory = ExemplarMemory(size=size, budget=exemplars.budget, selection=exemplars.selection)
         return cls(config, data, tasks, samples, learner, memory, precision, reader)
+
+    # What a kind of run does in its own way; as it stands here, class by class
+
+    @classmethod
+    def divide(cls, config: RunConfig, data: DataSet) -> TaskSequence:
+        """The division of the data set into tasks."""
+        assert isinstance(config, Config)
+        return make_tasks(config, data)
+
+    @classmethod
+    def make_learner(cls, config: RunConfig, data: DataSet, samples: Samples, reader: Reader) -> Learner:
+        """The method around a network."""
+        assert isinstance(config, Config)
+        network = make_network(config.model, config.seed, data.train.input_shape)
+        return make_learner(config, network)
+
+    @property
+    def num_stages(self) -> int:
+        """How many stages there are."""
+        return self.tasks.num_tasks
+
+    def stage(self, index: int) -> Stage:
+        """What the learner is told about a stage."""
+        return Stage(index, self.tasks.labels(index), self.config.optim, bool(self.memory.size))
+
+    def describe(self) -> str:
+        """The stages in a line."""
+        return self.tasks.describe()
+
+    def metrics(self, history: History, num_images: np.ndarray, wall_seconds: float) -> dict[str, Any]:
+        """The content of `metrics.json`."""
+        assert isinstance(self.config, Config)
+        return metrics(self.config, self.data, self.tasks, history, num_images, wall_seconds)
+
+    def started(self, log: EventLog | SilentLog, progress: Progress) -> None:
+        """Before the first stage, or the first after a resume: what is to be looked at and kept."""
+
+    def facts(self, stage: Stage) -> dict[str, Any]:
+        """What `stage.json` says beyond what is true of every kind of run."""
+        return {}
+
+    def tell(self, progress: Progress, history: History, num_images: np.ndarray, stage: Stage) -> None:
+        """Say what came out of a stage."""
+        progress.table(history.matrix(num_images), stage.index)

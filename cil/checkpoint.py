@@ -36,6 +36,19 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_json` wrote.
+
+    Raises:
+        ValueError: If the file is missing or damaged.
+    """
+    try:
+        value: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: missing or damaged ({error})") from error
+    return value
+
+
 def stage_folder(run: Path, stage: int) -> Path:
     """Where a run keeps what belongs to a stage."""
     return run / f"stage_{stage:03d}"

@@ -1,5 +1,6 @@
 """The command line: Hydra composes, pydantic checks, the engine runs. Parse and report; no logic."""
 
+import json
 import os
 import re
 import sys
@@ -9,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cil.build import Run
-    from cil.config import Config
+    from cil.config import RunConfig
 
+STATIC = "distill"  # the root config of static distillation
 MAX_LINES = 12  # of a message about a user's mistake
 USAGE = """\
 usage: python {program} [group=choice ...] [key=value ...]
@@ -48,6 +50,63 @@ def compose(overrides: list[str], config_name: str = "train_incremental") -> dic
     Raises:
         ConfigError: If Hydra cannot compose it.
     """
+    if config_name != STATIC:
+        tree, chosen = _compose(overrides, config_name)
+    else:
+        tree, chosen = _with_networks(overrides)
+    tree["experiment"] = chosen.get("experiment")
+    # a name such as 123 is read as a number
+    tree["name"] = default_name(tree, chosen) if tree.get("name") is None else str(tree["name"])
+    return tree
+
+
+def _with_networks(overrides: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The tree of a static run: the networks that it names become parts, and the published weights values."""
+    from cil.config import ConfigError
+
+    named, _ = _compose(overrides, STATIC)
+    if any(re.match(r"\+*model=", override) for override in overrides):
+        raise ConfigError(["model= has no place here: name the network by student=, and its parts by model.KEY="])
+    published = named.get("published") or {}
+    terms = named.get("kd") if isinstance(named.get("kd"), dict) else {}
+    first = [
+        f"kd.{term}.{key}={json.dumps(value)}"
+        for term in terms or ()
+        for key, value in (published.get(term) or {}).items()
+    ]
+    tree, chosen = _compose([*_network("student", named.get("student")), *first, *overrides], STATIC)
+    tree.pop("published", None)
+    assistants = tree.get("assistants") or []
+    if isinstance(assistants, list):
+        parts = {str(name): _compose(_network("assistants", name), STATIC)[0].get("model") for name in assistants}
+        if len(parts) < len(assistants):
+            raise ConfigError([f"assistants={assistants}: every network once; generations trains the student again"])
+        tree["assistants"] = parts
+    return tree, chosen
+
+
+def _network(key: str, name: Any) -> list[str]:
+    """What chooses a network by its name: a file of the group model, or a name of timm.
+
+    Raises:
+        ConfigError: If it is neither.
+    """
+    from timm.models import is_model, list_models
+
+    from cil.config import ConfigError
+    from kd.registry import unknown
+
+    known = groups()["model"]
+    if name in known and name != "timm":
+        return [f"model={name}"]
+    if isinstance(name, str) and is_model(name.removeprefix("timm/")):
+        return ["model=timm", f"model.architecture={name.removeprefix('timm/')}"]
+    near = unknown("network", str(name), [*known, *list_models()]).split(" Known:")[0]
+    raise ConfigError([f"{key}={name}: {near} Known: {', '.join(known)}, and every name of timm"])
+
+
+def _compose(overrides: list[str], config_name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The tree, and which file was chosen in which group."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.errors import HydraException, OverrideParseException
@@ -92,11 +151,7 @@ def compose(overrides: list[str], config_name: str = "train_incremental") -> dic
             lines = [f"{lines[0].removesuffix(' requires --multirun')}: give one value, or a list as key=[1,2]"]
         raise ConfigError(lines[: MAX_LINES - 1]) from error
     assert isinstance(tree, dict)
-    plain = {str(key): value for key, value in tree.items()}
-    plain["experiment"] = chosen.get("experiment")
-    # a name such as 123 is read as a number
-    plain["name"] = default_name(plain, chosen) if plain.get("name") is None else str(plain["name"])
-    return plain
+    return {str(key): value for key, value in tree.items()}, chosen
 
 
 def default_name(tree: dict[str, Any], choices: dict[str, Any]) -> str:
@@ -104,10 +159,19 @@ def default_name(tree: dict[str, Any], choices: dict[str, Any]) -> str:
     kd = tree.get("kd")
     terms = "+".join(kd) if isinstance(kd, dict) and kd else "none"
     first = choices.get("experiment") or choices.get("data")
+    if "student" in tree:
+        path = [*(tree.get("assistants") or []), tree["student"]]
+        if tree.get("teacher") is not None:
+            path.insert(0, Path(str(tree["teacher"])).name)
+        return f"{first}-{'-'.join(map(str, path))}-{terms}-seed{tree.get('seed', 0)}".replace("/", ".")
     return f"{first}-{choices.get('learner')}-{terms}-seed{tree.get('seed', 0)}"
 
 
-def main(arguments: list[str] | None = None, program: str = "train_incremental.py") -> int:
+def main(
+    arguments: list[str] | None = None,
+    program: str = "train_incremental.py",
+    config_name: str = "train_incremental",
+) -> int:
     """Run one command; returns the exit code: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted.
 
     Of the processes that torchrun starts, rank 0 speaks for all.
@@ -116,21 +180,21 @@ def main(arguments: list[str] | None = None, program: str = "train_incremental.p
     if "RANK" in os.environ:  # torch's own notes about DistributedDataParallel are no news to a user
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with nullcontext() if _is_first() else redirect_stdout(None):
-        return _main(arguments, program)
+        return _main(arguments, program, config_name)
 
 
 def _is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _main(arguments: list[str], program: str) -> int:
+def _main(arguments: list[str], program: str, config_name: str) -> int:
     if any(argument in ("-h", "--help") for argument in arguments):
         listing = "\n".join(f"  {name:12s}{' '.join(choices)}" for name, choices in groups().items())
         print(USAGE.format(program=program, groups=listing))
         return 0
     show = "--cfg" in arguments
     try:
-        return _run([argument for argument in arguments if argument != "--cfg"], show)
+        return _run([argument for argument in arguments if argument != "--cfg"], show, config_name)
     except KeyboardInterrupt:
         if not _is_first():
             return 130
@@ -138,14 +202,13 @@ def _main(arguments: list[str], program: str) -> int:
         return 130
 
 
-def _run(overrides: list[str], show: bool) -> int:
+def _run(overrides: list[str], show: bool, config_name: str) -> int:
     from cil.config import ConfigError, check
 
     try:
         if unknown_flags := [word for word in overrides if word.startswith("-")]:
             raise ConfigError([f"{unknown_flags[0]!r} is no option: write key=value; --help lists what there is"])
-        tree = compose(overrides)
-        config = check(tree)
+        config = check(compose(overrides, config_name))
         if show:
             import yaml
 
@@ -159,7 +222,7 @@ def _run(overrides: list[str], show: bool) -> int:
     if finished:
         print(f"{config.name} is finished already; overwrite=true runs it again")
     else:
-        print(f"{config.name}: {run.tasks.describe()}")
+        print(f"{config.name}: {run.describe()}")
         if code := _train(run):
             return code
     from cil import distributed
@@ -171,16 +234,15 @@ def _run(overrides: list[str], show: bool) -> int:
         return 0
     report = write_report(config.folder)
     metrics = read_metrics(config.folder)
-    print(
-        f"average incremental accuracy {metrics['average_incremental_accuracy']:.4f}, "
-        f"last accuracy {metrics['last_accuracy']:.4f}"
-    )
+    shown = {"average incremental accuracy": metrics.get("average_incremental_accuracy")}
+    shown["last accuracy"] = metrics["last_accuracy"]
+    print(", ".join(f"{name} {value:.4f}" for name, value in shown.items() if value is not None))
     print(f"run     {_short(config.folder)}")
     print(f"report  {_short(report)}")
     return 0
 
 
-def _plan(config: "Config") -> int:
+def _plan(config: "RunConfig") -> int:
     """Say what a run will take; returns the exit code.
 
     Raises:
@@ -204,7 +266,7 @@ def _plan(config: "Config") -> int:
     return 0
 
 
-def _prepare(config: "Config") -> tuple["Run", bool]:
+def _prepare(config: "RunConfig") -> tuple["Run", bool]:
     """Build the parts of a run and open its folder; tells whether it is finished. All processes stop if one cannot.
 
     Raises:
@@ -212,13 +274,15 @@ def _prepare(config: "Config") -> tuple["Run", bool]:
     """
     from cil import distributed
     from cil.build import Run
+    from cil.config import StaticConfig
     from cil.folder import open_folder
     from cil.precision import resolve_device
+    from cil.static import StaticRun
 
     distributed.start(resolve_device(config.device))
     run, finished, problem = None, False, None
     try:
-        run = Run.build(config)
+        run = (StaticRun if isinstance(config, StaticConfig) else Run).build(config)
         finished = _is_first() and open_folder(config)
     except ValueError as error:
         problem = str(error)

@@ -114,12 +114,14 @@ class Data(Part):
         download: Whether torchvision may fetch what is missing.
         validation: Fraction of the training images held out, stratified and seeded.
         augment: Augmentations by name, each with its parameters; null switches one off.
+        strong: The same for a second view of every image, for methods that read one.
     """
 
     root: Path = Path("data")
     download: bool = False
     validation: float = Field(0.0, ge=0, lt=1)
     augment: dict[str, dict[str, Any] | None] = {}
+    strong: dict[str, dict[str, Any] | None] = {}
 
 
 class Counting(Section):
@@ -151,8 +153,8 @@ def counting_of(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key in Counting.model_fields}
 
 
-class Config(Section):
-    """A whole run.
+class RunConfig(Section):
+    """What every run has.
 
     Attributes:
         name: Name of the run folder.
@@ -161,19 +163,18 @@ class Config(Section):
         plan: Say what the run will take instead of running; no part of what is stored.
         experiment: The experiment this came from, for the record.
         seed: Everything random comes from it, but not the class order.
+        data_seed: Another seed for the held-out images and the augmentation, so that runs of several seeds see the
+            same views; null takes `seed`.
         device: `auto`, `cpu`, `cuda`, `cuda:1`.
         num_threads: Threads of the processor; null leaves it to torch. Small networks are hardly slower with one, and
             much faster where another job keeps a core busy.
         precision: Number format of training; `auto` is bf16 where the hardware has it.
         evaluate_on: The test set, or the images held out by `data.validation`.
         data: The data set.
-        scenario: Its division into tasks.
-        learner: The method.
         model: The network.
         kd: Distillation terms by name, each with `method` (default: its own name), `weight`, hyper-parameters, and
             when it counts (`Counting`).
         optim: How a phase is trained.
-        memory: The exemplars.
         evaluation: How results are read.
     """
 
@@ -183,21 +184,19 @@ class Config(Section):
     plan: bool = Field(False, exclude=True)
     experiment: str | None = None
     seed: int = Field(0, ge=0, lt=2**63)
+    data_seed: int | None = Field(None, ge=0, lt=2**63)
     device: str = "auto"
     num_threads: int | None = Field(None, gt=0)
     precision: PrecisionName = "auto"
     evaluate_on: Literal["test", "validation"] = "test"
     data: Data
-    scenario: Scenario
-    learner: Part
     model: Part
     kd: dict[str, dict[str, Any]] = {}
     optim: Recipe
-    memory: Memory
     evaluation: Evaluation = Evaluation()
 
     @model_validator(mode="after")
-    def _agree(self) -> "Config":
+    def _agree(self) -> "RunConfig":
         if self.evaluate_on == "validation" and not self.data.validation:
             raise ValueError("evaluate_on=validation needs images held out: set data.validation, for example to 0.1")
         return self
@@ -206,6 +205,71 @@ class Config(Section):
     def folder(self) -> Path:
         """The run folder."""
         return self.runs_dir / self.name
+
+    @property
+    def split_seed(self) -> int:
+        """The seed of held-out images and augmentation."""
+        return self.seed if self.data_seed is None else self.data_seed
+
+    @property
+    def exemplars(self) -> Memory:
+        """The exemplar memory; none unless the kind of run has one."""
+        return Memory(size=0)
+
+
+class Config(RunConfig):
+    """A class-incremental run.
+
+    Attributes:
+        scenario: The division of the data set into tasks.
+        learner: The method.
+        memory: The exemplars.
+    """
+
+    scenario: Scenario
+    learner: Part
+    memory: Memory
+
+    @property
+    def exemplars(self) -> Memory:
+        """The exemplar memory."""
+        return self.memory
+
+
+class Cache(Section):
+    """What a teacher says, kept on disk.
+
+    Attributes:
+        folder: Where; runs that share it and have the same teacher, data and views find what others left.
+        max_gib: Largest size on disk of what one teacher says.
+    """
+
+    folder: Path
+    max_gib: float = Field(16.0, gt=0)
+
+
+class StaticConfig(RunConfig):
+    """A run of static distillation: networks trained one after another on all classes, each beside the one before it.
+
+    Attributes:
+        student: Name of the network; `model` is what it stands for.
+        teacher: What the first network learns from: the name of a network (its newest finished run), the name of a run
+            or the path of a run folder; null for none.
+        assistants: Networks between teacher and student, the largest first, by name (TAKD).
+        generations: How often the student is trained, each time beside the one before it (Born-Again).
+        teacher_cache: Where what a teacher says is kept between runs; null keeps nothing.
+    """
+
+    student: str
+    teacher: str | None = None
+    assistants: dict[str, Part] = {}
+    generations: int = Field(1, gt=0)
+    teacher_cache: Cache | None = None
+
+    @property
+    def networks(self) -> list[tuple[str, Part]]:
+        """The networks in the order in which they are trained, by name."""
+        return [*self.assistants.items(), *[(self.student, self.model)] * self.generations]
 
 
 def schema(entry: type) -> type[BaseModel]:
@@ -218,8 +282,11 @@ def schema(entry: type) -> type[BaseModel]:
     return create_model(entry.__name__, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields)
 
 
-def check(tree: Mapping[str, Any]) -> Config:
+def check(tree: Mapping[str, Any]) -> RunConfig:
     """Check a composed tree; the parts come out whole, with the types and defaults that their constructors declare.
+
+    Returns:
+        A `StaticConfig` if the tree has a student, otherwise a `Config`.
 
     Raises:
         ConfigError: With every problem found: unknown keys with the nearest known one, wrong types, values out of
@@ -232,9 +299,12 @@ def check(tree: Mapping[str, Any]) -> Config:
     from kd import distillers
 
     problems: list[str] = []
-    config: Config | None = _validated(Config, tree, "", problems)
-    parts: list[tuple[str, Registry[Any]]] = [("data", data_sets), ("learner", learners), ("model", models)]
-    typed: dict[str, dict[str, Any]] = {}
+    static = "student" in tree
+    config: RunConfig | None = _validated(StaticConfig if static else Config, tree, "", problems)
+    parts: list[tuple[str, Registry[Any]]] = [("data", data_sets), ("model", models)]
+    if not static:
+        parts.insert(1, ("learner", learners))
+    typed: dict[str, Any] = {}
     for key, registry in parts:
         part = tree.get(key)
         if isinstance(part, Mapping) and isinstance(part.get("name"), str):
@@ -242,38 +312,52 @@ def check(tree: Mapping[str, Any]) -> Config:
             values = {name: value for name, value in part.items() if name not in own}
             whole = _check_part(registry, part["name"], values, key, problems, known=own) or {}
             typed[key] = {name: value for name, value in whole.items() if name not in own}
+    assistants = tree.get("assistants")
+    typed_assistants: dict[str, Part] = {}
+    for name, part in assistants.items() if isinstance(assistants, Mapping) else ():
+        if isinstance(part, Mapping) and isinstance(part.get("name"), str):
+            values = {key: value for key, value in part.items() if key != "name"}
+            found = _check_part(models, part["name"], values, f"assistants.{name}", problems, known={"name"})
+            typed_assistants[str(name)] = Part(name=part["name"], **(found or {}))
     data = tree.get("data")
-    augment = data.get("augment") if isinstance(data, Mapping) else None
-    typed_augment: dict[str, dict[str, Any] | None] = {}
-    for name, values in augment.items() if isinstance(augment, Mapping) else ():
-        if values is None or isinstance(values, Mapping):
-            found = _check_part(augmentations, str(name), dict(values or {}), f"data.augment.{name}", problems)
-            typed_augment[str(name)] = None if values is None else found
+    typed_views: dict[str, dict[str, dict[str, Any] | None]] = {}
+    for view in ("augment", "strong"):
+        listed = data.get(view) if isinstance(data, Mapping) else None
+        typed_views[view] = {}
+        for name, given in listed.items() if isinstance(listed, Mapping) else ():
+            if given is None or isinstance(given, Mapping):
+                checked = _check_part(augmentations, str(name), dict(given or {}), f"data.{view}.{name}", problems)
+                typed_views[view][str(name)] = None if given is None else checked
     kd = tree.get("kd")
     typed_kd: dict[str, dict[str, Any]] = {}
     for name, values in kd.items() if isinstance(kd, Mapping) else ():
         if isinstance(values, Mapping):
-            typed_kd[str(name)] = _check_distiller(distillers, str(name), values, problems)
+            typed_kd[str(name)] = _check_distiller(distillers, str(name), values, problems, static=static)
     memory = tree.get("memory")
     if isinstance(memory, Mapping) and isinstance(rule := memory.get("selection", "herding"), str):
         _known(selection_rules, rule, "memory.selection", problems)
     if problems or config is None:
         raise ConfigError(problems)
-    config = config.model_copy(
-        update={
-            "data": config.data.model_copy(update=typed["data"] | {"augment": typed_augment}),
-            "learner": config.learner.model_copy(update=typed["learner"]),
-            "model": config.model.model_copy(update=typed["model"]),
-            "kd": typed_kd,
-        }
-    )
-    if problems := _contradictions(config):
+    update: dict[str, Any] = {
+        "data": config.data.model_copy(update=typed["data"] | typed_views),
+        "model": config.model.model_copy(update=typed["model"]),
+        "kd": typed_kd,
+    }
+    if isinstance(config, Config):
+        update["learner"] = config.learner.model_copy(update=typed["learner"])
+    elif typed_assistants:
+        update["assistants"] = typed_assistants
+    config = config.model_copy(update=update)
+    if problems := [*_stop_without_effect(config), *_contradictions(config)]:
         raise ConfigError(problems)
     return config
 
 
-def _contradictions(config: Config) -> list[str]:
+def _contradictions(config: RunConfig) -> list[str]:
     """Settings that are right alone and wrong together."""
+    if isinstance(config, StaticConfig):
+        return _contradictions_of_static(config)
+    assert isinstance(config, Config)
     from cil.learners.base import learners
 
     found = []
@@ -287,6 +371,56 @@ def _contradictions(config: Config) -> list[str]:
         found.append(
             f"learner={config.learner.name} replays exemplars and memory.size is 0: set it, or learner=finetune"
         )
+    finetunes = config.learner.parameters.get("finetune_epochs") not in (None, 0, [0])
+    if config.memory.when == "after_finetuning" and not finetunes:
+        found.append(f"memory.when=after_finetuning has no effect: learner={config.learner.name} does not fine-tune")
+    return found
+
+
+def _contradictions_of_static(config: StaticConfig) -> list[str]:
+    found = []
+    kd = "+".join(config.kd)
+    if config.kd and config.teacher is None and len(config.networks) == 1:
+        found.append(
+            f"kd={kd} has nobody to learn from: set teacher to the name of a network that has been trained "
+            "(kd=none trains one), to the name of a run or to the path of a run folder; or generations=2"
+        )
+    from kd import distillers
+
+    for name, values in config.kd.items():
+        parameters = {key: value for key, value in values.items() if key not in _OF_TERM}
+        if "strong" in distillers[values["method"]](**parameters).needs and not config.data.strong:
+            found.append(
+                f"kd.{name} reads a second view of every image: set data.strong, for example "
+                f"'data.strong={{crop: {{padding: 4}}, flip: {{}}, randaugment: {{}}}}', or kd.{name}.views=weak"
+            )
+    if config.teacher_cache is not None and config.teacher is None:
+        found.append("teacher_cache has no effect without a teacher: set teacher, or teacher_cache=null")
+    sampling = config.optim.sampling
+    partial = sampling.views > 1 or sampling.round_to > 1 or sampling.drop_last or sampling.emulate_missing_launcher
+    if config.teacher_cache is not None and partial:
+        found.append(
+            "teacher_cache keeps passes that show every sample once: set optim.sampling.views and round_to to 1, "
+            "drop_last and emulate_missing_launcher to false, or teacher_cache=null"
+        )
+    if not config.kd and config.teacher is not None:
+        found.append(
+            f"teacher={config.teacher} has no effect with kd=none: name a method, as in kd=kd, or teacher=null"
+        )
+    if not config.kd and len(config.networks) > 1:
+        found.append(
+            f"{len(config.networks)} networks one after another learn nothing from each other with kd=none: name a "
+            "method, or leave out assistants and generations"
+        )
+    return found
+
+
+#: Keys of a term that are not its method's.
+_OF_TERM = {"method", "weight", "task_weight", *Counting.model_fields}
+
+
+def _stop_without_effect(config: RunConfig) -> list[str]:
+    found = []
     for name, values in config.kd.items():
         stop = Counting(**counting_of(values)).schedule().stop
         if stop is not None and stop.end is not None and stop.end >= config.optim.epochs:
@@ -294,9 +428,6 @@ def _contradictions(config: Config) -> list[str]:
                 f"kd.{name}.stop at epoch {stop.end} has no effect with optim.epochs={config.optim.epochs}: stop "
                 "earlier, or set it to null"
             )
-    finetunes = config.learner.parameters.get("finetune_epochs") not in (None, 0, [0])
-    if config.memory.when == "after_finetuning" and not finetunes:
-        found.append(f"memory.when=after_finetuning has no effect: learner={config.learner.name} does not fine-tune")
     return found
 
 
@@ -322,7 +453,13 @@ def _check_part(
     known: AbstractSet[str] = frozenset(),
 ) -> dict[str, Any] | None:
     """All values of a part, in their declared types and with its defaults; None if there is a problem with them."""
-    where = key if key.startswith("data.augment") else f"{key}.method" if key.startswith("kd.") else f"{key}.name"
+    where = (
+        key
+        if key.startswith(("data.augment", "data.strong"))
+        else f"{key}.method"
+        if key.startswith("kd.")
+        else f"{key}.name"
+    )
     if not _known(registry, name, where, problems):
         return None
     checked: BaseModel | None = _validated(schema(registry[name]), values, f"{key}.", problems, known)
@@ -330,15 +467,17 @@ def _check_part(
 
 
 def _check_distiller(
-    registry: Registry[Any], name: str, values: Mapping[str, Any], problems: list[str]
+    registry: Registry[Any], name: str, values: Mapping[str, Any], problems: list[str], *, static: bool
 ) -> dict[str, Any]:
     method = values.get("method", name)
     counting = counting_of(values)
-    own = {"method", "weight"} | set(Counting.model_fields)
+    own = {"method", "weight", *({"task_weight"} if static else ())} | set(Counting.model_fields)
     rest = {key: value for key, value in values.items() if key not in own}
-    weight = values.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or weight < 0:
-        problems.append(f"kd.{name}.weight: must be a number of 0 or more, found {weight!r}")
+    weights = {key: values[key] for key in ("weight", "task_weight") if key in own and key in values}
+    weights = {"weight": 1.0} | weights
+    for key, weight in weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or weight < 0:
+            problems.append(f"kd.{name}.{key}: must be a number of 0 or more, found {weight!r}")
     if not isinstance(method, str):
         problems.append(f"kd.{name}.method: must be a name, found {method!r}")
         return {}
@@ -352,12 +491,12 @@ def _check_distiller(
     except ValueError as error:
         problems.append(f"kd.{name}: {error}")
     else:
-        if missing := sorted(distiller.needs - HANDED_OVER):
+        if not static and (missing := sorted(distiller.needs - HANDED_OVER)):
             problems.append(
                 f"kd.{name}: {method} reads {', '.join(missing)}, which the learners do not hand over; they have "
                 f"{', '.join(sorted(HANDED_OVER))}. In a loop of your own every method works: kd.distillers"
             )
-    return {"method": method, "weight": weight, **counting, **typed}
+    return {"method": method, **weights, **counting, **typed}
 
 
 def _check_counting(name: str, values: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:

@@ -130,13 +130,19 @@ def _share_outputs(network: nn.Module, arguments: object, outputs: Outputs) -> O
     return None if lengths is None else gather_outputs(outputs, lengths)
 
 
-def prepare(learner: nn.Module, network: nn.Module) -> None:
-    """Make a learner fit for `wrap`, after it has been built or has grown; a second call changes nothing."""
+def prepare(learner: nn.Module, *networks: nn.Module) -> None:
+    """Make a learner fit for `wrap`, after it has been built or has grown; a second call changes nothing.
+
+    Args:
+        learner: What is trained.
+        networks: Those whose outputs are put together (`sharing`).
+    """
     if world_size() == 1:
         return
     synchronise_batch_norm(learner)
-    if _share_outputs not in network._forward_hooks.values():  # copies of the network, its teachers, have it too
-        network.register_forward_hook(_share_outputs)
+    for network in networks:
+        if _share_outputs not in network._forward_hooks.values():  # the copy of a network has it already
+            network.register_forward_hook(_share_outputs)
 
 
 def wrap(learner: nn.Module) -> nn.Module:

@@ -5,13 +5,14 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from cil import checkpoint, distributed
 from cil.batches import Batches
@@ -19,13 +20,13 @@ from cil.build import Run
 from cil.evaluation import Counts
 from cil.events import EventLog
 from cil.folder import machine
-from cil.metrics import AccuracyMatrix
 from cil.optim import learning_rates, make_optimizer, set_learning_rate
 from cil.progress import Progress
-from cil.results import History, metrics
+from cil.results import History
 from cil.seeding import SampleNoise, derive, sample_noise, seeded
 from cil.stages import Phase, Stage
-from kd import Batch, Frozen
+from cil.transfer import num_auxiliary, taught_by
+from kd import DOT, Batch, Frozen
 from kd.distributed import rank, world_size
 
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes per unit of ru_maxrss
@@ -56,6 +57,7 @@ class Engine:
     """
 
     def __init__(self, run: Run, log: EventLog) -> None:
+        self.parts = run
         self.config, self.data, self.tasks, self.samples = run.config, run.data, run.tasks, run.samples
         self.learner, self.memory, self.precision, self.reader = run.learner, run.memory, run.precision, run.reader
         self.batches = Batches(run)
@@ -73,24 +75,25 @@ class Engine:
             [np.isin(labels, run.tasks.labels(task)).sum() for task in range(run.tasks.num_tasks)]
         )
         self.writes = rank() == 0
-        self.progress = Progress(total_images=0, num_stages=run.tasks.num_tasks, quiet=not self.writes)
-        distributed.prepare(self.learner, self.learner.network)
+        self.progress = Progress(total_images=0, num_stages=run.num_stages, quiet=not self.writes)
+        distributed.prepare(self.learner, *self.learner.speakers())
 
-    def run(self) -> AccuracyMatrix:
-        """Train every stage; after each, evaluate on all classes seen so far.
+    def run(self) -> dict[str, Any]:
+        """Train every stage; after each, evaluate on all classes seen so far. Returns what `metrics.json` holds.
 
         After a resume the grown network is rebuilt from the checkpoint: `begin_stage` never runs twice.
         """
         self.restore()
-        stages = [self.stage(index) for index in range(self.tasks.num_tasks)]
+        stages = [self.parts.stage(index) for index in range(self.parts.num_stages)]
         total = sum(self.batches.num_images(stage, phase) for stage in stages for phase in self.learner.phases(stage))
         self.progress = Progress(
             total_images=total,
-            num_stages=self.tasks.num_tasks,
+            num_stages=self.parts.num_stages,
             done_images=self.history.images,
             quiet=not self.writes,
         )
         with self.progress:
+            self.parts.started(self.log, self.progress)
             for stage in stages[self.position.stage :]:
                 self.progress.stage(stage.index)
                 if not self.position.begun:
@@ -100,7 +103,7 @@ class Engine:
                     self.fit(stage, number, phases)
                 self.learner.phase = None
                 if self.memory.size and (
-                    not self.memory_is_current(stage) or self.config.memory.when == "after_finetuning"
+                    not self.memory_is_current(stage) or self.config.exemplars.when == "after_finetuning"
                 ):
                     self.choose_exemplars(stage)
                 with seeded(self.config.seed, "end", stage.index):
@@ -114,20 +117,16 @@ class Engine:
         )
         if self.writes:
             checkpoint.write_json(self.folder / "metrics.json", report)  # last: from now on the run counts as finished
-        return self.history.matrix(self.num_images)
+        return report
 
     # Stages
-
-    def stage(self, index: int) -> Stage:
-        """What the learner is told about a stage."""
-        return Stage(index, self.tasks.labels(index), self.config.optim, bool(self.memory.size))
 
     def begin(self, stage: Stage) -> None:
         """Let the learner grow, with random numbers that belong to this stage alone."""
         with seeded(self.config.seed, "begin", stage.index):
             self.learner.begin_stage(stage)
         self.learner.to(self.precision.device, self.precision.dtype)
-        distributed.prepare(self.learner, self.learner.network)
+        self.prepare(stage)
         self.position = Position(stage.index, begun=True)
         self.seconds.clear()
         self.set_trainable(self.learner.phases(stage)[0])
@@ -140,7 +139,15 @@ class Engine:
             num_new_samples=len(self.batches.ids("new", stage)),
             num_parameters=sum(parameter.numel() for parameter in parameters),
             num_trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+            num_auxiliary=num_auxiliary(self.learner.distillation),
         )
+
+    def prepare(self, stage: Stage) -> None:
+        """What the modules of a stage need once they are built: to know the samples, and the other processes."""
+        ids = self.batches.ids("new+memory", stage)
+        with seeded(self.config.seed, "remember", stage.index):
+            self.learner.remember(ids, self.samples.labels[ids])
+        distributed.prepare(self.learner, *self.learner.speakers())
 
     def finish(self, stage: Stage) -> None:
         """Evaluate, record and save a stage."""
@@ -157,6 +164,7 @@ class Engine:
             "stage": stage.index,
             "labels": [stage.labels.start, stage.labels.stop - 1],
             "network": self.learner.network.structure(),
+            **self.parts.facts(stage),
             "correct": counts.correct,
             "num_images": counts.num_images,
             "exemplars": self.memory.state_dict(),
@@ -177,12 +185,11 @@ class Engine:
         )
         if self.writes:
             checkpoint.save_stage(self.folder, stage.index, self.state(), summary)
-        self.progress.table(history.matrix(self.num_images), stage.index)
+        self.parts.tell(self.progress, history, self.num_images, stage)
 
     def report(self) -> dict[str, Any]:
         """What `metrics.json` holds."""
-        seconds = round(self.log.elapsed_seconds, 3)
-        return metrics(self.config, self.data, self.tasks, self.history, self.num_images, seconds)
+        return self.parts.metrics(self.history, self.num_images, round(self.log.elapsed_seconds, 3))
 
     # Training
 
@@ -243,18 +250,26 @@ class Engine:
         plan = self.batches.plan(ids, stage, number, phase, epoch)
         sums: dict[str, Tensor] = {}
         images = 0
-        if self.learner.distillation is not None:
-            self.learner.distillation.begin_epoch(epoch, learning_rate=rates[epoch * len(plan) if by_step else epoch])
         shares = [(distributed.share(some), distributed.share(views)) for some, views in plan]
-        stream = self.samples.images.stream(shares, key)
+        view_key = self.batches.view_key(stage, number, phase, epoch)
+        first_rate = rates[epoch * len(plan) if by_step else epoch]
+        self.learner.begin_epoch(epoch, learning_rate=first_rate, view_key=view_key)
+        stream = self.samples.images.stream(shares, view_key)
         for step, ((some, _), (own, own_views), pixels) in enumerate(zip(plan, shares, stream, strict=True)):
             set_learning_rate(self.optimizer, rates[epoch * len(plan) + step if by_step else epoch])
-            noise = SampleNoise(key, own.to(self.precision.device), own_views.to(self.precision.device))
-            batch = self.batch(noise, own, pixels)
+            where = own.to(self.precision.device), own_views.to(self.precision.device)
+            noise = SampleNoise(key, *where)
+            batch = self.batch(SampleNoise(view_key, *where), own, pixels)
             if world_size() > 1:
                 batch = self.with_labels_of_all(batch, some)
-            with seeded(key, step), sample_noise(noise), distributed.sharing(len(some)):
+            # DOT averages its two gradients over the processes itself
+            alone: AbstractContextManager[Any] = nullcontext()
+            if isinstance(self.optimizer, DOT) and isinstance(self.model, DistributedDataParallel):
+                alone = self.model.no_sync()
+            with seeded(key, step), sample_noise(noise), distributed.sharing(len(some)), alone:
                 with self.precision.autocast():
+                    if step == 0 and epoch == 0 and (line := self.learner.notice(batch)):
+                        self.progress.say(line)
                     losses = self.model(batch)
                 self.learner.update(losses, self.optimizer, self.scaler, phase.recipe.clip_norm)
             for name, loss in losses.items():
@@ -291,12 +306,16 @@ class Engine:
         """The augmented images of some samples."""
         raw = pixels.to(self.precision.device, non_blocking=True)
         images = self.samples.transform.train(raw, noise).to(self.precision.dtype)
-        return Batch(images, self.samples.labels[ids].to(self.precision.device), noise.ids)
+        views = {}
+        if self.samples.strong is not None and taught_by(self.learner.distillation, "strong"):
+            other = replace(noise, key=derive(noise.key, "strong"))
+            views["strong"] = self.samples.strong.train(raw, other).to(self.precision.dtype)
+        return Batch(images, self.samples.labels[ids].to(self.precision.device), noise.ids, views=views)
 
     def with_labels_of_all(self, batch: Batch, ids: Tensor) -> Batch:
         """A batch whose images are a share, and whose labels are those of the whole batch, as the losses need them."""
         device = self.precision.device
-        return Batch(batch.images, self.samples.labels[ids].to(device), ids.to(device), gathered=True)
+        return replace(batch, labels=self.samples.labels[ids].to(device), ids=ids.to(device), gathered=True)
 
     def set_trainable(self, phase: Phase) -> None:
         """Gradients and training mode for what learns in this phase; teachers stay as they are."""
@@ -326,7 +345,7 @@ class Engine:
             for label in stage.labels:
                 ids = torch.nonzero(self.samples.labels == label).flatten()
                 key = derive(self.config.seed, "exemplars", stage.index)
-                noise_key = key if self.config.memory.transform == "train" else None
+                noise_key = key if self.config.exemplars.transform == "train" else None
                 features = self.reader.features(self.learner, self.samples.images, ids, noise_key)
                 if self.writes:
                     chosen[label] = ids[self.memory.select(features, quota, seed_key=derive(key, label))].tolist()
@@ -389,10 +408,10 @@ class Engine:
             self.position = Position(**state["position"])
             self.learner.rebuild(state["structure"])
             self.learner.to(self.precision.device, self.precision.dtype)
-            distributed.prepare(self.learner, self.learner.network)
+            self.memory.load_state_dict(state["memory"])
+            self.prepare(self.parts.stage(min(self.position.stage, self.parts.num_stages - 1)))
             self.learner.load_state_dict(state["learner"])
             self.saved_optimizer = state["training"]
-            self.memory.load_state_dict(state["memory"])
             self.history = History(**state["history"])
             self.seconds.update(state["seconds"])
             self.log.truncate(state["log_position"])

@@ -106,6 +106,13 @@ class Reader:
         *per_task, top5 = all_reduce_sum(found).tolist()
         return Counts(per_task[: len(task_sizes)], per_task[len(task_sizes) :], top5)
 
+    def logits(
+        self, learner: Learner, images: Images, ids: Int[Tensor, " samples"]
+    ) -> Float[Tensor, "samples classes"]:
+        """Scores of some clean images; this process reads all of them."""
+        learner.eval()
+        return torch.cat([full_precision(part).cpu() for _, part in self._run(learner.predict, images, ids)])
+
     def features(
         self, learner: Learner, images: Images, ids: Int[Tensor, " samples"], noise_key: int | None = None
     ) -> Float[Tensor, "samples width"]:

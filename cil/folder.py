@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from cil import checkpoint
-from cil.config import Config, ConfigError
+from cil.config import ConfigError, RunConfig
 from cil.precision import Precision
 
 #: Keys that may differ between the config of a run folder and the one it is asked to go on with.
@@ -22,7 +22,7 @@ _PLACE = {
 _PACKAGES = ("torch", "torchvision", "timm", "einops", "numpy", "scikit-learn", "pydantic", "hydra-core")
 
 
-def open_folder(config: Config) -> bool:
+def open_folder(config: RunConfig) -> bool:
     """Make the run folder, or check that the one that exists belongs to the same config.
 
     With `overwrite=true` an existing folder is moved aside to the first free `<name>.old-N`.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cil import checkpoint
 from cil.build import make_network
-from cil.config import Config, check
+from cil.config import Part, RunConfig, check
 from cil.data import Transform
 from cil.folder import read_yaml
 from cil.models.network import Network
@@ -33,7 +33,7 @@ class Model:
     class_names: tuple[str, ...]
     class_labels: tuple[int, ...]
     transform: Transform
-    config: Config
+    config: RunConfig
 
     @torch.inference_mode()
     def logits(self, images: np.ndarray | Tensor) -> Tensor:
@@ -78,7 +78,8 @@ def load(run: str | Path, stage: int | None = None, device: str = "cpu") -> Mode
     config = check(read_yaml(folder / "config.yaml")["config"])
     summary = json.loads((place / "stage.json").read_text())
     info = summary["data"]
-    network = make_network(config, tuple(info["input_shape"]))
+    part = Part(**summary["model"]) if "model" in summary else config.model
+    network = make_network(part, config.seed, tuple(info["input_shape"]))
     network.rebuild(summary["network"])
     where = resolve_device(device)
     network.load_state_dict(checkpoint.load_network(place, where))

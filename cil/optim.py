@@ -5,10 +5,11 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
+from kd import DOT
 from kd.registry import unknown
 
 _FUSED = {"adam", "adamw", "sgd"}  # torch's own, with one kernel for all parameters
@@ -107,6 +108,8 @@ class Sampling(BaseModel):
             the number of samples, so an epoch sees 1/`views` of them.
         round_to: Cut the number of samples to a multiple of this (the release: 256).
         drop_last: Leave out a last batch that is not full, unless it is the only one.
+        epoch_parts: A pass over the samples counts as so many epochs, each a part of one permutation. What is counted
+            in epochs (schedule, warm-up, stop, checkpoints) is then finer, for runs of a few passes.
         emulate_missing_launcher: The release without a distributed launcher: every second entry, and the same
             permutation every epoch.
     """
@@ -117,6 +120,7 @@ class Sampling(BaseModel):
     views: int = Field(1, ge=1)
     round_to: int = Field(1, ge=1)
     drop_last: bool = False
+    epoch_parts: int = Field(1, ge=1)
     emulate_missing_launcher: bool = False
 
 
@@ -124,12 +128,14 @@ class Recipe(BaseModel):
     """How a phase is trained.
 
     Attributes:
-        optimizer: Any name timm knows (`adamw`, `sgd`, `lion`, ...).
+        optimizer: Any name timm knows (`adamw`, `sgd`, `lion`, ...), or `dot` (`kd.DOT`).
         lr: Learning rate at the batch size `lr_reference_batch`.
         lr_reference_batch: The rate used is `lr * batch_size / lr_reference_batch`; null uses `lr` as it is.
-        weight_decay: Not applied to biases and vectors (timm's rule).
+        weight_decay: Not applied to biases and vectors (timm's rule), unless `decay_vectors`.
+        decay_vectors: Decay them too, as torch's own optimisers do.
         momentum: For optimisers that have one.
         betas: For optimisers of the Adam family.
+        delta: For `dot`: how much longer the momentum of the distillation lasts; null takes its default.
         clip_norm: Largest allowed norm of the whole gradient; null does not clip.
         epochs: Passes over the samples, in each task.
         initial_epochs: The same for the first task; null takes `epochs`.
@@ -144,8 +150,10 @@ class Recipe(BaseModel):
     lr: float = Field(5e-4, gt=0)
     lr_reference_batch: int | None = Field(256, gt=0)
     weight_decay: float = Field(1e-6, ge=0)
+    decay_vectors: bool = False
     momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] | None = None
+    delta: Annotated[float, Field(ge=0, lt=1)] | None = None
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     epochs: int = Field(500, gt=0)
     initial_epochs: Annotated[int, Field(gt=0)] | None = None
@@ -154,13 +162,35 @@ class Recipe(BaseModel):
     sampling: Sampling = Sampling()
 
     @model_validator(mode="after")
+    def _equal_epochs(self) -> "Recipe":
+        if self.sampling.epoch_parts > 1 and self.schedule.unit == "step":
+            raise ValueError("sampling.epoch_parts makes epochs of a few steps: it goes with schedule.unit=epoch")
+        return self
+
+    @model_validator(mode="after")
     def _known_optimizer(self) -> "Recipe":
-        known = [str(name) for name in list_optimizers()]
+        known = ["dot", *(str(name) for name in list_optimizers())]
         if self.optimizer not in known:
             raise ValueError(
                 unknown("optimizer", self.optimizer, known).split(" Known:")[0] + " (see timm's optimisers)"
             )
         return self
+
+    @model_validator(mode="after")
+    def _momenta(self) -> "Recipe":
+        if self.optimizer != "dot" and self.delta is not None:
+            raise ValueError(f"optim.delta is about optimizer=dot and has no effect with {self.optimizer}")
+        if self.optimizer == "dot":
+            if self.betas is not None:
+                raise ValueError("optim.betas has no effect with optimizer=dot, which has momentum and delta")
+            DOT([nn.Parameter(torch.zeros(()))], lr=self.lr, **self.momenta)  # its own ranges
+        return self
+
+    @property
+    def momenta(self) -> dict[str, float]:
+        """Momentum and delta, where they are set."""
+        found = {"momentum": self.momentum, "delta": self.delta}
+        return {name: value for name, value in found.items() if value is not None}
 
     @property
     def peak_lr(self) -> float:
@@ -184,12 +214,24 @@ def make_optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """
     if not any(parameter.requires_grad for parameter in module.parameters()):
         raise ValueError(f"{type(module).__name__} has no parameter left to train in this phase: everything is frozen")
+    if recipe.optimizer == "dot":
+        groups: Any = (
+            [parameter for parameter in module.parameters() if parameter.requires_grad]
+            if recipe.decay_vectors
+            else param_groups_weight_decay(module, recipe.weight_decay)
+        )
+        return DOT(groups, lr=recipe.peak_lr, weight_decay=recipe.weight_decay, **recipe.momenta)
     given: dict[str, Any] = {"momentum": recipe.momentum, "betas": recipe.betas}
     given = {name: value for name, value in given.items() if value is not None}
     if recipe.optimizer in _FUSED:
         given["fused"] = True
     optimizer: torch.optim.Optimizer = create_optimizer_v2(
-        module, opt=recipe.optimizer, lr=recipe.peak_lr, weight_decay=recipe.weight_decay, **given
+        module,
+        opt=recipe.optimizer,
+        lr=recipe.peak_lr,
+        weight_decay=recipe.weight_decay,
+        filter_bias_and_bn=not recipe.decay_vectors,
+        **given,
     )
     return optimizer
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cil.build import Run
-from cil.config import Config
+from cil.config import RunConfig
 from cil.costs import idle_parameters, multiply_adds, num_bytes, saved_bytes
 from cil.engine import Engine
 from cil.events import SilentLog
@@ -169,7 +169,7 @@ class Plan:
         return sum(task.reading_seconds for task in self.tasks)
 
 
-def plan(config: Config) -> Plan:
+def plan(config: RunConfig) -> Plan:
     """The plan of a run.
 
     Steps, samples, parameters, exemplars and multiply-adds are those of the run itself. Memory is that of tensors, so
@@ -182,7 +182,7 @@ def plan(config: Config) -> Plan:
     """
     run = Run.build(config)
     rehearsal = Rehearsal(run)
-    tasks = tuple(rehearsal.task(index) for index in range(run.tasks.num_tasks))
+    tasks = tuple(rehearsal.task(index) for index in range(run.num_stages))
     threads = torch.get_num_threads()
     place = f"{run.precision.name} on {run.precision.device}, {threads} thread{'s' if threads > 1 else ''}"
     return Plan(config.name, run.tasks.describe(), place, tasks)
@@ -223,13 +223,13 @@ class Rehearsal:
         self.run = run
         self.log = Unwritten()
         self.engine = Engine(run, self.log)
-        self.engine.progress = Progress(total_images=0, num_stages=run.tasks.num_tasks, quiet=True)
+        self.engine.progress = Progress(total_images=0, num_stages=run.num_stages, quiet=True)
         self.paces: dict[tuple[str, bool], Pace] = {}
 
     def task(self, index: int) -> TaskPlan:
         """Grow to a task, try its phases, fill the memory, end the task. To be called in order."""
         run, engine, learner = self.run, self.engine, self.run.learner
-        stage = engine.stage(index)
+        stage = run.stage(index)
         engine.begin(stage)
         started = self.log.events[-1]
         teacher_bytes = sum(
@@ -247,7 +247,7 @@ class Rehearsal:
             evaluated += (phase.recipe.epochs - 1) // every if every else 0
             evaluated += any(later.source == "memory" for later in listed[number + 1 :])
         learner.phase = None
-        if run.memory.size and (not engine.memory_is_current(stage) or run.config.memory.when == "after_finetuning"):
+        if run.memory.size and (not engine.memory_is_current(stage) or run.config.exemplars.when == "after_finetuning"):
             self.fill_memory(stage)
             embedded += 1
         with seeded(run.config.seed, "end", index):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cil.config import Config
+from cil.config import Config, RunConfig, StaticConfig
 from cil.data import DataSet
 from cil.metrics import AccuracyMatrix
 from cil.tasks import TaskSequence
@@ -50,14 +50,14 @@ class History:
         return matrix
 
 
-def protocol(config: Config, data: DataSet, tasks: TaskSequence) -> str:
+def protocol(config: RunConfig, data: DataSet, tasks: TaskSequence) -> str:
     """A hash of what makes two results comparable: data, classes, order, splits, memory rule, evaluation."""
     facts = {
         "data": data.fingerprint(),
         "class_order": tasks.class_order,
         "task_sizes": tasks.task_sizes,
-        "validation": [config.data.validation, config.seed if config.data.validation else None],
-        "memory": [config.memory.size, config.memory.budget],
+        "validation": [config.data.validation, config.split_seed if config.data.validation else None],
+        "memory": [config.exemplars.size, config.exemplars.budget],
         "evaluate_on": config.evaluate_on,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
@@ -102,6 +102,56 @@ def metrics(
             "forgetting": matrix.forgetting(definition="continuum"),
             "backward_transfer": matrix.backward_transfer(definition="continuum"),
         }
+    plain: dict[str, Any] = plain_values(report)
+    return plain
+
+
+def static_metrics(
+    config: StaticConfig,
+    data: DataSet,
+    tasks: TaskSequence,
+    history: History,
+    num_images: np.ndarray,
+    wall_seconds: float,
+    teacher: dict[str, Any] | None,
+    ensembles: dict[int, float],
+) -> dict[str, Any]:
+    """The content of `metrics.json` of a static run: like `metrics`, with a stage for every network.
+
+    Args:
+        config: The run's.
+        data: Its data set.
+        tasks: All classes as one task.
+        history: What was counted.
+        num_images: Evaluation images of the task.
+        wall_seconds: So far.
+        teacher: Who the first network learned from, and how good it is; None if from nobody.
+        ensembles: Number of last generations to the accuracy of the mean of their probabilities.
+    """
+    accuracies = [row[0] / int(num_images[0]) for row in history.correct]
+    report = {
+        "name": config.name,
+        "wall_seconds": wall_seconds,
+        "images_per_second": history.images / history.training_seconds if history.training_seconds else None,
+        "finished": len(accuracies) == len(config.networks),
+        "seed": config.seed,
+        "protocol": protocol(config, data, tasks),
+        "student": config.student,
+        "teacher": teacher,
+        "kd": list(config.kd),
+        "data_set": config.data.name,
+        "evaluate_on": config.evaluate_on,
+        "num_test_images": num_images,
+        "networks": [name for name, _ in config.networks],
+        "accuracy_after": accuracies,
+        "last_accuracy": accuracies[-1] if accuracies else None,
+        "top5_after": history.top5,
+        "ensemble_accuracy": ensembles,
+        "num_parameters": history.num_parameters[-1] if history.num_parameters else None,
+        "num_parameters_after": history.num_parameters,
+        "views_trained": history.images,
+        "test_reads": history.test_reads,
+    }
     plain: dict[str, Any] = plain_values(report)
     return plain
 

@@ -22,12 +22,14 @@ class Batch:
         ids: Stable ids of the samples in their data set.
         gathered: Whether labels, ids and what the networks say are those of all processes; the images are always those
             of this process (`kd.distributed.gathered`).
+        views: Other augmentations of the same images, by name ("strong").
     """
 
     images: Float[Tensor, "share channels height width"]
     labels: Int[Tensor, " batch"]
     ids: Int[Tensor, " batch"]
     gathered: bool = False
+    views: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass

@@ -1,4 +1,7 @@
-"""Every file under configs/ says what it is, composes, passes the check, and builds what it describes."""
+"""Every file under configs/ says what it is, composes, passes the check, and builds what it describes.
+
+What is for static distillation alone is in `tests.test_configs_static`.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -8,15 +11,28 @@ import torch
 
 from cil.build import make_distillation, make_learner, make_network, make_transform, open_data
 from cil.cli import compose, config_folder, groups
-from cil.config import HANDED_OVER, Config, check
+from cil.config import ConfigError, RunConfig, check
 from cil.data import MissingData
 from cil.learners.base import learners
 from cil.memory import selection_rules
+from cil.models.network import Network
 from cil.optim import learning_rates, make_optimizer
 from kd import distillers
 
 CONFIGS = sorted(config_folder().rglob("*.yaml"))
-CHOICES = [(group, choice) for group, choices in groups().items() for choice in choices]
+STATIC_GROUPS = {"pair", "recipe", "search"}
+#: Runs of static distillation; they name a student.
+STATIC_EXPERIMENTS = {"cifar100_kd", "tiny_static"}
+#: Methods that read what the learners of `train_incremental.py` do not hand over.
+STATIC_METHODS = {"at", "at_gradient", "cat_kd", "crd", "fitnet", "mld2", "reviewkd", "sp"}
+EXPERIMENTS = [choice for choice in groups()["experiment"] if choice not in STATIC_EXPERIMENTS]
+CHOICES = [
+    (group, choice)
+    for group, choices in groups().items()
+    for choice in choices
+    if group not in STATIC_GROUPS
+    and choice not in {"experiment": STATIC_EXPERIMENTS, "kd": STATIC_METHODS}.get(group, ())
+]
 #: What a choice needs beside itself.
 COMPANIONS = {
     ("data", "npz"): ["data.path=images.npz"],
@@ -24,6 +40,7 @@ COMPANIONS = {
     ("data", "imagenet100_first100"): ["data.path=images"],
     ("data", "imagenet100_seed1993"): ["data.path=images"],
     ("data", "imagenet1000"): ["data.path=images"],
+    ("data", "imagenet_kd"): ["data.path=images"],
     ("model", "resnet32"): ["learner=replay"],
     ("model", "timm"): ["learner=replay"],
     ("learner", "ewc"): ["model=resnet32"],
@@ -32,11 +49,11 @@ COMPANIONS = {
 INPUT_SHAPES = {"dkt_tiny": (1, 8, 8), "dkt_imagenet": (3, 224, 224)}  # the others are for 3 x 32 x 32
 
 
-def config_of(*overrides: str) -> Config:
+def config_of(*overrides: str) -> RunConfig:
     return check(compose(list(overrides)))
 
 
-def read(config: Config, path: str) -> Any:
+def read(config: RunConfig, path: str) -> Any:
     value: Any = config.model_dump()
     for part in path.split("."):
         value = value[part]
@@ -44,7 +61,19 @@ def read(config: Config, path: str) -> Any:
 
 
 def test_there_are_the_groups_that_people_are_told_of() -> None:
-    assert list(groups()) == ["data", "experiment", "kd", "learner", "memory", "model", "optim", "scenario"]
+    assert list(groups()) == [
+        "data",
+        "experiment",
+        "kd",
+        "learner",
+        "memory",
+        "model",
+        "optim",
+        "pair",
+        "recipe",
+        "scenario",
+        "search",
+    ]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(config_folder())))
@@ -68,10 +97,14 @@ def test_every_choice_composes_and_passes_the_check(group: str, choice: str) -> 
         assert getattr(config, group).name == choice
 
 
+def network_of(config: RunConfig, input_shape: tuple[int, int, int]) -> Network:
+    return make_network(config.model, config.seed, input_shape)
+
+
 @pytest.mark.parametrize("choice", groups()["model"])
 def test_every_model_is_built_and_grown(choice: str) -> None:
     shape = INPUT_SHAPES.get(choice, (3, 32, 32))
-    network = make_network(config_of(f"model={choice}", *COMPANIONS.get(("model", choice), [])), shape).eval()
+    network = network_of(config_of(f"model={choice}", *COMPANIONS.get(("model", choice), [])), shape).eval()
     for num_new in (3, 2):
         network.grow(num_new)
     with torch.inference_mode():
@@ -81,11 +114,11 @@ def test_every_model_is_built_and_grown(choice: str) -> None:
     assert outputs.embedding.shape == (2, network.embedding_width)
 
 
-@pytest.mark.parametrize("experiment", groups()["experiment"])
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
 @pytest.mark.parametrize("learner", groups()["learner"])
 def test_every_learner_goes_with_every_experiment(learner: str, experiment: str) -> None:
     config = config_of(f"experiment={experiment}", f"learner={learner}", *COMPANIONS.get(("learner", learner), []))
-    network = make_network(config, INPUT_SHAPES.get("dkt_tiny") if config.data.name == "digits" else (3, 32, 32))
+    network = network_of(config, INPUT_SHAPES.get("dkt_tiny") if config.data.name == "digits" else (3, 32, 32))
     built = make_learner(config, network)
     assert isinstance(built, learners[config.learner.name])
     assert (built.distillation is not None) == learners[config.learner.name].keeps_teacher
@@ -128,9 +161,14 @@ def test_every_memory_names_a_rule(choice: str) -> None:
 
 def test_every_registered_distiller_and_learner_has_a_file_of_its_name() -> None:
     # the cluster-separation term belongs to learner=dkt and is configured there
-    runnable = {name for name, method in distillers.items() if method.needs <= HANDED_OVER}
-    assert runnable - {"cluster_separation"} <= set(groups()["kd"])
+    assert set(distillers) - {"cluster_separation"} <= set(groups()["kd"])
     assert set(learners) <= set(groups()["learner"])
+
+
+@pytest.mark.parametrize("method", sorted(STATIC_METHODS))
+def test_a_method_for_static_runs_is_refused_with_what_it_reads(method: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^kd\.{method}: \w+ reads .*, which the learners do not hand over"):
+        config_of(f"kd={method}")
 
 
 @pytest.mark.parametrize(
@@ -189,7 +227,7 @@ SWITCHES = {
 def test_every_switch_of_dkt_stands_where_the_learner_says(switch: str, learner: str) -> None:
     path, official, corrected = SWITCHES[switch]
     config = config_of("experiment=cifar100_c50", f"learner={learner}")
-    built = make_learner(config, make_network(config, (3, 32, 32)))
+    built = make_learner(config, network_of(config, (3, 32, 32)))
     part, _, name = path.partition(".")
     found = getattr(built, name) if part == "learner" else read(config, path)
     assert found == (official if learner == "dkt_official" else corrected)
@@ -198,7 +236,7 @@ def test_every_switch_of_dkt_stands_where_the_learner_says(switch: str, learner:
 @pytest.mark.parametrize(("learner", "as_released"), [("dkt_official", True), ("dkt", False)])
 def test_the_switches_of_network_and_distillation_reach_what_is_built(learner: str, as_released: bool) -> None:
     config = config_of("experiment=cifar100_c50", f"learner={learner}")
-    network = make_network(config, (3, 32, 32))
+    network = network_of(config, (3, 32, 32))
     assert (network.merge_bias, network.merge_norm) == (not as_released, not as_released)  # R3a, R3b
     assert config.model.parameters["still_biases"] == (not as_released)
     distillation = make_distillation(config)
@@ -211,7 +249,7 @@ def test_the_switches_of_network_and_distillation_reach_what_is_built(learner: s
 def test_the_experiment_on_cifar100_is_the_scaled_recipe_of_the_release() -> None:
     config = config_of("experiment=cifar100_c50", "learner=dkt_official")
     assert config.optim.peak_lr == pytest.approx(2.5e-4)
-    learner = make_learner(config, make_network(config, (3, 32, 32)))
+    learner = make_learner(config, network_of(config, (3, 32, 32)))
     from cil.stages import Stage
 
     finetuning = []

@@ -4,12 +4,12 @@ import copy
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cil.models.network import Network
 from cil.stages import Phase, Source, Stage
-from kd import Batch, Frozen, Outputs, WeightedSum, frozen
+from kd import DOT, Batch, Frozen, Outputs, WeightedSum, frozen
 from kd.base import total
 from kd.registry import Registry
 
@@ -53,6 +53,26 @@ class Learner(nn.Module):
         source: Source = "new+memory" if stage.has_memory else "new"
         return [Phase("training", source, stage.recipe.for_task(stage.index))]
 
+    def remember(self, ids: Int[Tensor, " samples"], labels: Int[Tensor, " samples"]) -> None:
+        """Which samples the phases of a stage will show, after `begin_stage` and after a resume."""
+        if self.distillation is not None:
+            self.distillation.remember(ids, labels)
+
+    def begin_epoch(self, epoch: int, *, learning_rate: float, view_key: int) -> None:
+        """An epoch of the phase in work begins.
+
+        Args:
+            epoch: Counts from 0.
+            learning_rate: Its first rate.
+            view_key: Where the augmentation of its samples comes from: equal keys show equal views.
+        """
+        if self.distillation is not None:
+            self.distillation.begin_epoch(epoch, learning_rate=learning_rate)
+
+    def notice(self, batch: Batch) -> str | None:
+        """What a person should know before a phase shows its first batch; None for nothing."""
+        return None
+
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The losses of a batch by name, already weighted."""
         raise NotImplementedError(f"{type(self).__name__} does not say what its losses are")
@@ -64,8 +84,16 @@ class Learner(nn.Module):
         scaler: torch.amp.GradScaler,
         clip_norm: float | None,
     ) -> None:
-        """One optimiser step on the sum of the losses."""
+        """One optimiser step on the sum of the losses; DOT is given those of the distillation terms apart."""
         optimizer.zero_grad(set_to_none=True)
+        if isinstance(optimizer, DOT):
+            terms = self.distillation.weights if self.distillation is not None else {}
+            kd = [loss for name, loss in losses.items() if name in terms]
+            task = [loss for name, loss in losses.items() if name not in terms]
+            optimizer.backward(scaler.scale(total(task)), scaler.scale(total(kd)) if kd else None)
+            scaler.step(optimizer, max_norm=clip_norm)
+            scaler.update()
+            return
         loss: Tensor = scaler.scale(total(losses.values()))
         loss.backward()  # type: ignore[no-untyped-call]
         if clip_norm is not None:
@@ -94,6 +122,14 @@ class Learner(nn.Module):
         if outputs.embedding is None:
             raise ValueError(f"{type(self.network).__name__} gives no embedding to choose exemplars by")
         return outputs.embedding
+
+    def speakers(self) -> list[Network]:
+        """The networks that are asked about training images; several processes put together what these say."""
+        networks = [self.network]
+        if self.teacher is not None:
+            assert isinstance(self.teacher.network, Network)
+            networks.append(self.teacher.network)
+        return networks
 
     def structure(self) -> dict[str, Any]:
         """What growing has made of the modules, as plain JSON values."""

@@ -1,5 +1,6 @@
 """Networks whose classes grow: the contract, and the common case of a backbone with one linear head."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -7,8 +8,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cil.models.heads import GrowingLinear
-from kd import Outputs
-from kd.registry import Registry
+from kd import Outputs, Taps
+from kd.cam import class_maps
+from kd.registry import Registry, unknown
 
 InputShape = tuple[int, int, int]
 
@@ -58,6 +60,8 @@ class Network(nn.Module):
         self.input_shape = input_shape
         self.embedding_width = embedding_width
         self.task_sizes: list[int] = []
+        #: Names of the taps that `forward` adds to what it says; see `expose`.
+        self.exposed: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:
@@ -76,6 +80,23 @@ class Network(nn.Module):
     def tap_paths(self) -> TapPaths:
         """Where its feature maps are; a network without such maps names none."""
         return TapPaths()
+
+    def taps(self) -> list[str]:
+        """Names of what `expose` can add; a network without such maps has none."""
+        paths = self.tap_paths()
+        names = [*paths.outputs, *paths.inputs]
+        return [*names, "class_maps"] if "last" in names else names
+
+    def expose(self, taps: Iterable[str]) -> None:
+        """Let `forward` say these taps too, from now on: maps by name (`tap_paths`) and "class_maps".
+
+        Raises:
+            ValueError: If there is no such tap.
+        """
+        for name in (wanted := tuple(taps)):
+            if name not in self.taps():
+                raise ValueError(unknown("tap", name, self.taps()))
+        self.exposed = wanted
 
     def grow(self, num_new: int) -> None:
         """Make room for the classes of one more task.
@@ -141,6 +162,15 @@ class BackboneNetwork(Network):
         self.head.grow(num_new)
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Outputs:
-        """Scores of all classes so far, and the embedding before the head."""
-        embedding = self.backbone(images)
-        return Outputs(self.head(embedding), embedding)
+        """Scores of all classes so far, the embedding before the head, and what is exposed."""
+        if not self.exposed:
+            embedding = self.backbone(images)
+            return Outputs(self.head(embedding), embedding)
+        paths, read = self.tap_paths(), {*self.exposed, *({"last"} if "class_maps" in self.exposed else ())}
+        outputs = {name: path for name, path in paths.outputs.items() if name in read}
+        with Taps(self, outputs, {name: path for name, path in paths.inputs.items() if name in read}) as taps:
+            embedding = self.backbone(images)
+            found = dict(taps)
+        if "class_maps" in self.exposed:
+            found["class_maps"] = class_maps(found["last"], self.head.weight)
+        return Outputs(self.head(embedding), embedding, {name: found[name] for name in self.exposed})

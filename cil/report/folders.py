@@ -82,6 +82,11 @@ class RunFolder:
         """A value of `metrics.json`, or of the config while there is no such file."""
         return self.metrics.get(key, self.config.get(key, default))
 
+    @property
+    def is_static(self) -> bool:
+        """Whether it trained networks on all classes, one beside the other, and not a network task after task."""
+        return "student" in self.config
+
     def part_name(self, part: str) -> str | None:
         """Name of the learner or data set."""
         section = self.config.get({"data_set": "data"}.get(part, part))
@@ -113,7 +118,9 @@ class RunFolder:
 
     @cached_property
     def matrix(self) -> AccuracyMatrix | None:
-        """Accuracies of the finished stages; None before the first has been evaluated."""
+        """Accuracies of the finished stages; None before the first has been evaluated, and in a static run."""
+        if self.is_static:
+            return None
         rows = [stage.after["per_task"] for stage in self.stages if stage.after]
         read = {event["stage"]: event["num_images"] for event in self.of_kind("test_read") if event["when"] == "after"}
         seen_images = [read[stage] for stage in sorted(read)]
@@ -131,18 +138,31 @@ class RunFolder:
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """The numbers derived from the matrix, under their names in `metrics.json`; empty before the first stage."""
+        """The numbers derived from the matrix, under their names in `metrics.json`; empty before the first stage.
+
+        A static run has its last accuracy alone.
+        """
+        if self.is_static and self.num_finished:
+            nothing = dict.fromkeys(("average_incremental_accuracy", "forgetting", "backward_transfer"))
+            return nothing | {"last_accuracy": self.accuracies[-1]}
         return self.matrix.summary() if self.matrix else {}
+
+    @property
+    def accuracies(self) -> list[float]:
+        """Accuracy at the end of each finished stage."""
+        return [float(stage.after["accuracy"]) for stage in self.stages if stage.after]
 
     @property
     def num_finished(self) -> int:
         """Stages that were evaluated at their end."""
+        if self.is_static:
+            return len(self.accuracies)
         return self.matrix.num_finished if self.matrix else 0
 
     @property
     def num_tasks(self) -> int | None:
-        """Tasks of the whole run; None while that was not written down."""
-        sizes = self.metrics.get("task_sizes")
+        """Tasks of the whole run, or networks of a static one; None while that was not written down."""
+        sizes = self.metrics.get("networks" if self.is_static else "task_sizes")
         return None if sizes is None else len(sizes)
 
     @property

@@ -82,6 +82,7 @@ def write_report(run_folder: Path, output: Path | None = None) -> Path:
         "run.html",
         output or run_folder / "report.html",
         run=run,
+        unit="network" if run.is_static else "task",
         headline=_headline(run),
         figures=_shown(drawn),
         circumstances=_circumstances(run),
@@ -133,6 +134,21 @@ def _headline(run: RunFolder) -> list[tuple[str, str]]:
     exemplars = next((stage.exemplars for stage in reversed(run.stages) if stage.exemplars is not None), None)
     parameters = next((p for stage in reversed(run.stages) if (p := stage.started.get("num_parameters"))), None)
     peak = max((stage.peak_bytes for stage in run.stages if stage.peak_bytes), default=None)
+    costs = [
+        ("training images per second", _count(run.images_per_second)),
+        ("wall time", _time(run.wall_seconds)),
+        ("peak memory", NOTHING if peak is None else f"{peak / 1e9:.2f} GB"),
+        ("training images shown", _count(run.metrics.get("views_trained"))),
+    ]
+    if run.is_static:
+        ensembles = run.metrics.get("ensemble_accuracy") or {}
+        return [
+            ("accuracy", _percent(summary.get("last_accuracy"))),
+            ("accuracy of the teacher", _percent((run.metrics.get("teacher") or {}).get("accuracy"))),
+            *((f"ensemble of {count}", _percent(accuracy)) for count, accuracy in ensembles.items()),
+            ("parameters", _count(run.metrics.get("num_parameters", parameters))),
+            *costs,
+        ]
     return [
         ("average incremental accuracy", _percent(summary.get("average_incremental_accuracy"))),
         ("last accuracy", _percent(summary.get("last_accuracy"))),
@@ -140,10 +156,7 @@ def _headline(run: RunFolder) -> list[tuple[str, str]]:
         ("backward transfer", _points(summary.get("backward_transfer"))),
         ("parameters", _count(run.metrics.get("num_parameters", parameters))),
         ("exemplars", _count(exemplars)),
-        ("training images per second", _count(run.images_per_second)),
-        ("wall time", _time(run.wall_seconds)),
-        ("peak memory", NOTHING if peak is None else f"{peak / 1e9:.2f} GB"),
-        ("training images shown", _count(run.metrics.get("views_trained"))),
+        *costs,
     ]
 
 
@@ -151,7 +164,10 @@ def _circumstances(run: RunFolder) -> list[tuple[str, str]]:
     """What has to be known to repeat the run or to compare it."""
     starts = run.of_kind("run_started")
     facts: list[tuple[str, Any]] = [
-        ("learner", run.part_name("learner")),
+        ("learner", None if run.is_static else run.part_name("learner")),
+        ("student", run.fact("student")),
+        ("teacher", (run.metrics.get("teacher") or {}).get("name", run.config.get("teacher"))),
+        ("distillation", ", ".join(run.config.get("kd") or {}) or None if run.is_static else None),
         ("data set", run.part_name("data_set")),
         ("evaluated on", run.fact("evaluate_on")),
         ("seed", run.fact("seed")),

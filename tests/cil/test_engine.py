@@ -39,10 +39,10 @@ def make_engine(tmp_path: Path, request: pytest.FixtureRequest) -> MakeEngine:
 
 def test_a_run_returns_the_matrix_that_its_events_tell(make_engine: MakeEngine) -> None:
     engine = make_engine("optim.epochs=1", learner="finetune")
-    matrix = engine.run()
+    matrix = engine.run()["accuracy_matrix"]
     rows = [event["per_task"] for event in facts_of(engine.folder) if event["event"] == "evaluated"]
     for task, row in enumerate(rows):
-        assert matrix.values[task, : task + 1].tolist() == row
+        assert matrix[task][: task + 1] == row
     assert engine.position.stage == 3
 
 
@@ -62,7 +62,7 @@ def test_the_batch_of_a_sample_does_not_depend_on_its_company(make_engine: MakeE
 
 def test_what_is_frozen_takes_no_gradient_and_stays_in_evaluation_mode(make_engine: MakeEngine) -> None:
     engine = make_engine()
-    engine.begin(engine.stage(0))
+    engine.begin(engine.parts.stage(0))
     network: Any = engine.learner.network
     frozen = [network.encoder, network.token_pool.general_token]
     engine.set_trainable(Phase("p", "new", engine.config.optim, frozen=frozen))
@@ -81,8 +81,8 @@ def test_what_is_frozen_takes_no_gradient_and_stays_in_evaluation_mode(make_engi
 def test_a_teacher_is_never_set_to_learn(make_engine: MakeEngine) -> None:
     engine = make_engine()
     for index in range(2):
-        engine.begin(engine.stage(index))
-    engine.set_trainable(engine.learner.phases(engine.stage(1))[0])
+        engine.begin(engine.parts.stage(index))
+    engine.set_trainable(engine.learner.phases(engine.parts.stage(1))[0])
     assert engine.learner.teacher is not None
     assert not any(parameter.requires_grad for parameter in engine.learner.teacher.parameters())
     assert not any(module.training for module in engine.learner.teacher.modules())
@@ -238,7 +238,7 @@ def test_splitting_an_epoch_into_other_batches_drops_the_same_branches_of_the_sa
     make_engine: MakeEngine,
 ) -> None:
     engine = make_engine("model.depth=2", "model.drop_path=0.9")
-    engine.begin(engine.stage(0))
+    engine.begin(engine.parts.stage(0))
     network: Any = engine.learner.network
     block = network.encoder.blocks[1]
 

@@ -1,6 +1,6 @@
 """Residual networks for small images (He et al., CVPR 2016, arXiv:1512.03385, section 4.2)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Literal
 
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ Maps = Float[Tensor, "batch channels height width"]
 
 _CONVOLUTIONS_PER_BLOCK = 2
 _NUM_STAGES = 3
+_DEFAULT_DEPTH = 32
 _NUM_OTHER_LAYERS = 2  # the first convolution and the classifier count towards the depth
 
 
@@ -106,7 +107,7 @@ class ResNetCifarBackbone(StagedBackbone):
     Args:
         channels: Channels of an image.
         width: Channels of the first stage.
-        num_blocks: Blocks in each stage.
+        num_blocks: Blocks of each stage.
         stem_width: Channels of the convolution before the stages.
         shortcut: See `BasicBlock`.
     """
@@ -115,14 +116,14 @@ class ResNetCifarBackbone(StagedBackbone):
         self,
         channels: int,
         width: int,
-        num_blocks: int,
+        num_blocks: Sequence[int],
         stem_width: int,
         shortcut: Callable[[int, int, int], nn.Module],
     ) -> None:
         super().__init__(channels, stem_width)
         before = stem_width
-        for after, stride in zip((width, 2 * width, 4 * width), (1, 2, 2), strict=True):
-            rest = [BasicBlock(after, after, 1, shortcut) for _ in range(num_blocks - 1)]
+        for count, after, stride in zip(num_blocks, (width, 2 * width, 4 * width), (1, 2, 2), strict=True):
+            rest = [BasicBlock(after, after, 1, shortcut) for _ in range(count - 1)]
             self.stages.append(nn.Sequential(BasicBlock(before, after, stride, shortcut), *rest))
             before = after
         for module in self.modules():
@@ -139,7 +140,8 @@ class ResNetCifar(BackboneNetwork):
 
     Args:
         input_shape: Channels, height and width of an image.
-        depth: Layers, as the paper counts them.
+        depth: Layers, as the paper counts them, equally many in each stage; null takes 32, or what `blocks` says.
+        blocks: Residual blocks of each of the three stages, such as [5, 5, 7], instead of a depth.
         width: Channels of the first stage; the embedding is 4 times as wide.
         stem_width: Channels before the first stage; null takes `width`.
         shortcut: Where the shape of the maps changes: `pad` is the paper's option A, without parameters, `conv` its
@@ -147,20 +149,25 @@ class ResNetCifar(BackboneNetwork):
         keep_bias: See `GrowingLinear`.
 
     Raises:
-        ValueError: If `shortcut="pad"` would have to remove channels.
+        ValueError: If `shortcut="pad"` would have to remove channels, or both `depth` and `blocks` are given.
     """
 
     def __init__(
         self,
         input_shape: InputShape,
         *,
-        depth: Literal[8, 14, 20, 32, 44, 56, 110] = 32,
+        depth: Literal[8, 14, 20, 32, 44, 56, 110] | None = None,
+        blocks: Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=3, max_length=3)] | None = None,
         width: Annotated[int, Field(gt=0)] = 16,
         stem_width: Annotated[int, Field(gt=0)] | None = None,
         shortcut: Literal["pad", "conv"] = "pad",
         keep_bias: bool = True,
     ) -> None:
-        num_blocks = (depth - _NUM_OTHER_LAYERS) // (_NUM_STAGES * _CONVOLUTIONS_PER_BLOCK)
+        if blocks is not None and depth is not None:
+            raise ValueError(f"depth={depth} and blocks={blocks} both say how deep the network is: set one to null")
+        if blocks is None:
+            layers = (depth or _DEFAULT_DEPTH) - _NUM_OTHER_LAYERS
+            blocks = [layers // (_NUM_STAGES * _CONVOLUTIONS_PER_BLOCK)] * _NUM_STAGES
         stem_width = width if stem_width is None else stem_width
         if shortcut == "pad" and stem_width > width:
             raise ValueError(
@@ -168,9 +175,8 @@ class ResNetCifar(BackboneNetwork):
                 f"{stem_width}; shortcut=conv can do both"
             )
         kind = PaddedShortcut if shortcut == "pad" else convolved_shortcut
-        backbone = ResNetCifarBackbone(input_shape[0], width, num_blocks, stem_width, kind)
+        backbone = ResNetCifarBackbone(input_shape[0], width, blocks, stem_width, kind)
         stages = [f"stages.{i}" for i in range(_NUM_STAGES)]
-        taps = TapPaths.of_backbone(
-            stem="act", post=stages, pre=[f"{stage}.{num_blocks - 1}.act2" for stage in stages], last=stages[-1]
-        )
+        pre = [f"{stage}.{count - 1}.act2" for stage, count in zip(stages, blocks, strict=True)]
+        taps = TapPaths.of_backbone(stem="act", post=stages, pre=pre, last=stages[-1])
         super().__init__(input_shape, backbone, 4 * width, keep_bias, taps)

@@ -28,6 +28,7 @@ ZOO = {
     "resnet14": (181_108, *RESNET),
     "resnet20": (278_324, *RESNET),
     "resnet32": (470_004, *RESNET),
+    "resnet_s1": (620_724, *RESNET),
     "resnet32_conv": (472_756, *RESNET),
     "resnet44": (667_188, *RESNET),
     "resnet56": (861_620, *RESNET),
@@ -158,6 +159,25 @@ def test_residual_networks_with_padded_shortcuts_start_as_they_always_did(depth,
                 names += [f"{place}.conv{i}.weight", *(f"{place}.bn{i}.{name}" for name in norm)]
     assert list(state) == [*names, "head.weight", "head.bias"]
     assert sum(value.double().abs().sum().item() for value in state.values()) == pytest.approx(size, rel=1e-5)
+
+
+def test_equal_blocks_are_the_network_of_that_depth():
+    by_depth, by_blocks = build("resnet20").state_dict(), build("resnet_s1", blocks=[3, 3, 3]).state_dict()
+    assert list(by_depth) == list(by_blocks)
+    assert all(torch.equal(value, by_blocks[name]) for name, value in by_depth.items())
+
+
+def test_stages_have_the_blocks_that_are_asked_for_and_taps_at_their_ends():
+    network = build("resnet_s1", blocks=[1, 5, 3])
+    assert [len(stage) for stage in network.get_submodule("backbone.stages").children()] == [1, 5, 3]
+    taps = tapped(network)(images()).taps
+    for i in range(3):
+        assert torch.equal(F.relu(taps[f"stage{i}.pre"]), taps[f"stage{i}.post"])
+
+
+def test_depth_and_blocks_exclude_each_other():
+    with pytest.raises(ValueError, match=r"depth=20 and blocks=\[5, 5, 7\] both"):
+        build("resnet20", blocks=[5, 5, 7])
 
 
 def test_a_padded_shortcut_puts_the_channels_in_the_middle():
