@@ -160,7 +160,9 @@ def default_name(tree: dict[str, Any], choices: dict[str, Any]) -> str:
     terms = "+".join(kd) if isinstance(kd, dict) and kd else "none"
     first = choices.get("experiment") or choices.get("data")
     if "student" in tree:
-        path = [*(tree.get("assistants") or []), tree["student"]]
+        searched = tree.get("search")
+        student = searched.get("method") if isinstance(searched, dict) else tree["student"]
+        path = [*(tree.get("assistants") or []), student]
         if tree.get("teacher") is not None:
             path.insert(0, Path(str(tree["teacher"])).name)
         return f"{first}-{'-'.join(map(str, path))}-{terms}-seed{tree.get('seed', 0)}".replace("/", ".")

@@ -11,6 +11,7 @@ from pydantic_core import ErrorDetails
 
 from cil.optim import Recipe
 from cil.precision import PrecisionName
+from cil.search import Search
 from kd.registry import Registry, unknown
 from kd.schedule import Schedule, stop_rules
 
@@ -258,6 +259,7 @@ class StaticConfig(RunConfig):
         assistants: Networks between teacher and student, the largest first, by name (TAKD).
         generations: How often the student is trained, each time beside the one before it (Born-Again).
         teacher_cache: Where what a teacher says is kept between runs; null keeps nothing.
+        search: How the student is found before it is trained, in the place of the one that is named; null for none.
     """
 
     student: str
@@ -265,6 +267,7 @@ class StaticConfig(RunConfig):
     assistants: dict[str, Part] = {}
     generations: int = Field(1, gt=0)
     teacher_cache: Cache | None = None
+    search: Search | None = None
 
     @property
     def networks(self) -> list[tuple[str, Part]]:
@@ -394,6 +397,8 @@ def _contradictions_of_static(config: StaticConfig) -> list[str]:
                 f"kd.{name} reads a second view of every image: set data.strong, for example "
                 f"'data.strong={{crop: {{padding: 4}}, flip: {{}}, randaugment: {{}}}}', or kd.{name}.views=weak"
             )
+    if config.search is not None and config.teacher is None:
+        found.append("search looks for the student of a teacher: set teacher, or search=none")
     if config.teacher_cache is not None and config.teacher is None:
         found.append("teacher_cache has no effect without a teacher: set teacher, or teacher_cache=null")
     sampling = config.optim.sampling

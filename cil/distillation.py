@@ -8,6 +8,7 @@ from torch import Tensor
 
 from cil.learners.base import Learner
 from cil.models.network import Network
+from cil.search import SearchResult
 from cil.stages import Phase, Stage
 from cil.teacher_cache import TeacherCache
 from cil.teachers import Teacher
@@ -31,6 +32,9 @@ class StaticDistillation(Learner):
         teacher: Index of a stage to its teacher; None where there is none. It is no part of the learner's state.
         given: The teacher of the first stage, and where it comes from.
         cache: What that teacher said before; None keeps nothing.
+
+    Attributes:
+        found: What a search for the student found, if there was one.
     """
 
     uses_memory = False
@@ -49,6 +53,7 @@ class StaticDistillation(Learner):
         self.given = given
         self.index = 0
         self.cache = cache
+        self.found: SearchResult | None = None
         self._asked: Asked | None = None  # no module, and so no part of the state dict
 
     def begin_stage(self, stage: Stage) -> None:

@@ -113,6 +113,8 @@ def static_metrics(
     history: History,
     num_images: np.ndarray,
     wall_seconds: float,
+    *,
+    networks: list[str],
     teacher: dict[str, Any] | None,
     ensembles: dict[int, float],
 ) -> dict[str, Any]:
@@ -125,6 +127,7 @@ def static_metrics(
         history: What was counted.
         num_images: Evaluation images of the task.
         wall_seconds: So far.
+        networks: Their names, in the order in which they are trained.
         teacher: Who the first network learned from, and how good it is; None if from nobody.
         ensembles: Number of last generations to the accuracy of the mean of their probabilities.
     """
@@ -133,16 +136,16 @@ def static_metrics(
         "name": config.name,
         "wall_seconds": wall_seconds,
         "images_per_second": history.images / history.training_seconds if history.training_seconds else None,
-        "finished": len(accuracies) == len(config.networks),
+        "finished": len(accuracies) == len(networks),
         "seed": config.seed,
         "protocol": protocol(config, data, tasks),
-        "student": config.student,
+        "student": networks[-1],
         "teacher": teacher,
         "kd": list(config.kd),
         "data_set": config.data.name,
         "evaluate_on": config.evaluate_on,
         "num_test_images": num_images,
-        "networks": [name for name, _ in config.networks],
+        "networks": networks,
         "accuracy_after": accuracies,
         "last_accuracy": accuracies[-1] if accuracies else None,
         "top5_after": history.top5,

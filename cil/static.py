@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cil import checkpoint
 from cil.build import Run, Samples, make_distillation, make_network
-from cil.config import RunConfig, StaticConfig
+from cil.config import Part, RunConfig, StaticConfig
 from cil.data import DataSet
 from cil.distillation import StaticDistillation
 from cil.distributed import num_launched
@@ -20,6 +20,7 @@ from cil.learners.base import Learner
 from cil.models.network import Network
 from cil.progress import Progress
 from cil.results import History, static_metrics
+from cil.search import SearchResult, find_student
 from cil.stages import Stage
 from cil.tasks import TaskSequence, task_sequence
 from cil.teacher_cache import TeacherCache
@@ -45,19 +46,24 @@ class StaticRun(Run):
             given = load_teacher(pinned(config.folder, config), config, data, precision.device)
             given.network.to(precision.dtype)
 
+        found = found_student(config, data, samples, reader, given) if given is not None else None
+        networks = with_student(config, found)
+
         def network(index: int) -> Network:
-            return make_network(config.networks[index][1], config.seed, shape, index)
+            return make_network(networks[index][1], config.seed, shape, index)
 
         def teacher(index: int) -> Network | None:
             if index == 0:
                 return given.network if given is not None else None
-            before = trained(config, shape, index - 1, precision.device)
+            before = trained(config, networks[index - 1][1], shape, index - 1, precision.device)
             return before.to(precision.device, precision.dtype)
 
         cache = None
         if config.teacher_cache is not None and given is not None:
             cache = make_cache(config, data, samples, reader, given)
-        return StaticDistillation(network(0), network, lambda: make_distillation(config), teacher, given, cache)
+        learner = StaticDistillation(network(0), network, lambda: make_distillation(config), teacher, given, cache)
+        learner.found = found
+        return learner
 
     @property
     def static(self) -> StaticConfig:
@@ -72,9 +78,15 @@ class StaticRun(Run):
         return self.learner.given
 
     @property
+    def networks(self) -> list[tuple[str, Part]]:
+        """The networks in the order in which they are trained, by name."""
+        assert isinstance(self.learner, StaticDistillation)
+        return with_student(self.static, self.learner.found)
+
+    @property
     def num_stages(self) -> int:
         """How many networks are trained."""
-        return len(self.static.networks)
+        return len(self.networks)
 
     def stage(self, index: int) -> Stage:
         """What the learner is told about a stage."""
@@ -82,7 +94,7 @@ class StaticRun(Run):
 
     def describe(self) -> str:
         """The networks in a line."""
-        names = [name for name, _ in self.static.networks]
+        names = [name for name, _ in self.networks]
         path = " -> ".join([self.static.teacher, *names] if self.static.teacher else names)
         return f"{path}; {self.tasks.num_classes} classes, kd {'+'.join(self.config.kd) or 'none'}"
 
@@ -92,8 +104,13 @@ class StaticRun(Run):
         Raises:
             ValueError: If it knows less, or more, than its run says.
         """
+        assert isinstance(self.learner, StaticDistillation)
         if self.teacher is None or (self.config.folder / "teacher.json").is_file():
             return
+        if (searched := self.learner.found) is not None:
+            progress.say(f"search: {searched.winner.code} of {len(searched.candidates)} candidates")
+            if rank() == 0:
+                checkpoint.write_json(self.config.folder / SEARCH, searched.model_dump(mode="json"))
         sizes = self.tasks.task_sizes
         found = self.reader.count(
             Learner(self.teacher.network, None), self.samples.eval_images, self.samples.eval_labels, sizes
@@ -119,7 +136,17 @@ class StaticRun(Run):
         if (path := self.config.folder / "teacher.json").is_file():
             kept = checkpoint.read_json(path)
             teacher = {"name": Path(kept["folder"]).name, "accuracy": kept["accuracy"], "checksum": kept["checksum"]}
-        return static_metrics(self.static, self.data, self.tasks, history, num_images, wall_seconds, teacher, ensembles)
+        return static_metrics(
+            self.static,
+            self.data,
+            self.tasks,
+            history,
+            num_images,
+            wall_seconds,
+            networks=[name for name, _ in self.networks],
+            teacher=teacher,
+            ensembles=ensembles,
+        )
 
     @torch.inference_mode()
     def ensembles(self) -> dict[int, float]:
@@ -129,8 +156,10 @@ class StaticRun(Run):
         total: Float[Tensor, "images classes"] | None = None
         found = {}
         for count in range(1, self.static.generations + 1):
-            network = trained(self.static, self.data.train.input_shape, self.num_stages - count, self.precision.device)
-            learner = Learner(network.to(self.precision.device, self.precision.dtype), None)
+            index = self.num_stages - count
+            shape, device = self.data.train.input_shape, self.precision.device
+            network = trained(self.static, self.networks[index][1], shape, index, device)
+            learner = Learner(network.to(device, self.precision.dtype), None)
             logits = self.reader.logits(learner, self.samples.eval_images, ids)
             probabilities = logits.double().softmax(dim=1)
             total = probabilities if total is None else total + probabilities
@@ -140,13 +169,45 @@ class StaticRun(Run):
 
     def facts(self, stage: Stage) -> dict[str, Any]:
         """Which network this is."""
-        name, part = self.static.networks[stage.index]
+        name, part = self.networks[stage.index]
         return {"name": name, "model": part.model_dump(mode="json")}
 
     def tell(self, progress: Progress, history: History, num_images: np.ndarray, stage: Stage) -> None:
         """Say what came out of a stage."""
         accuracy = history.correct[-1][0] / int(num_images[0])
-        progress.say(f"{self.static.networks[stage.index][0]}: accuracy {100 * accuracy:.2f} %")
+        progress.say(f"{self.networks[stage.index][0]}: accuracy {100 * accuracy:.2f} %")
+
+
+SEARCH = "search.json"
+
+
+def found_student(
+    config: StaticConfig, data: DataSet, samples: Samples, reader: Reader, teacher: Teacher
+) -> SearchResult | None:
+    """What the search for the student finds, or found when the run began; None if none is wanted.
+
+    Raises:
+        ValueError: If what it found is damaged, or there is nothing to find.
+    """
+    if config.search is None:
+        return None
+    path = config.folder / SEARCH
+    if path.is_file() and not config.overwrite:
+        return SearchResult.model_validate(checkpoint.read_json(path))
+    ids = config.search.sample(samples.labels, config.seed)
+    precision = reader.precision
+    images = samples.transform.test(data.train.fetch(ids).to(precision.device))
+    labels = samples.labels[ids].to(precision.device)
+    num_classes = len(data.class_names)
+    return find_student(config.search, data.train.input_shape, num_classes, images, labels, config.seed, teacher.part)
+
+
+def with_student(config: StaticConfig, found: SearchResult | None) -> list[tuple[str, Part]]:
+    """The networks of a run, with the student that a search found in the place of the named one."""
+    if found is None:
+        return config.networks
+    student = (f"{found.settings.space}-{found.winner.code}", Part(**found.student))
+    return [*config.assistants.items(), *[student] * config.generations]
 
 
 def make_cache(config: StaticConfig, data: DataSet, samples: Samples, reader: Reader, teacher: Teacher) -> TeacherCache:
@@ -173,14 +234,16 @@ def make_cache(config: StaticConfig, data: DataSet, samples: Samples, reader: Re
     return TeacherCache(config.teacher_cache.folder, facts, ids, max_gib=config.teacher_cache.max_gib)
 
 
-def trained(config: StaticConfig, input_shape: tuple[int, int, int], index: int, device: torch.device) -> Network:
+def trained(
+    config: StaticConfig, part: Part, input_shape: tuple[int, int, int], index: int, device: torch.device
+) -> Network:
     """The network of a finished stage.
 
     Raises:
         ValueError: If its weights are missing or damaged.
     """
     folder = checkpoint.stage_folder(config.folder, index)
-    network = make_network(config.networks[index][1], config.seed, input_shape, index)
+    network = make_network(part, config.seed, input_shape, index)
     network.rebuild(checkpoint.read_json(folder / "stage.json")["network"])
     network.load_state_dict(checkpoint.load_network(folder, device))
     return network.eval()

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from cil import checkpoint
-from cil.config import ConfigError, StaticConfig
+from cil.config import ConfigError, Part, StaticConfig
 from cil.data import DataSet
 from cil.folder import read_metrics
 from cil.loading import load
@@ -26,12 +26,14 @@ class Teacher:
     Attributes:
         folder: The run that trained it.
         network: The network after the last stage of that run.
+        part: What it was configured as.
         checksum: Of its weights.
         said_accuracy: What its run says, if that was read as in this run; else None.
     """
 
     folder: Path
     network: Network
+    part: Part
     checksum: str
     said_accuracy: float | None
 
@@ -89,7 +91,9 @@ def load_teacher(folder: Path, config: StaticConfig, data: DataSet, device: torc
     """
     model = load(folder, device=str(device))
     stage = sorted(folder.glob("stage_*/stage.json"))[-1]
-    info = checkpoint.read_json(stage)["data"]
+    summary = checkpoint.read_json(stage)
+    info = summary["data"]
+    part = Part(**summary["model"]) if "model" in summary else model.config.model
     wanted = {
         "data set": (model.config.data.name, config.data.name),
         "class_labels": (list(model.class_labels), list(range(len(data.class_names)))),
@@ -109,7 +113,7 @@ def load_teacher(folder: Path, config: StaticConfig, data: DataSet, device: torc
         metrics = read_metrics(folder)
         if metrics["finished"] and metrics["evaluate_on"] == config.evaluate_on == "test":
             said = float(metrics["last_accuracy"])
-    return Teacher(folder, model.network, checksum(stage.parent), said)
+    return Teacher(folder, model.network, part, checksum(stage.parent), said)
 
 
 def checksum(stage: Path) -> str:

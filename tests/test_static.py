@@ -1,4 +1,4 @@
-"""Static distillation from the command line: every method, several stages, resuming, teachers and what is kept of them."""
+"""Static distillation from the command line: methods, stages, resuming, teachers and what is kept of them."""
 
 import json
 from collections.abc import Callable
@@ -95,8 +95,8 @@ def test_an_unknown_teacher_is_refused_with_those_that_there_are(
 
 
 def test_a_teacher_of_other_classes_is_refused(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["experiment=tiny", "learner=finetune", "model=resnet8", "optim.epochs=1", "scenario.classes=4"]
-    assert run_command([*words, "scenario.increment=null", f"runs_dir={runs}", "name=four"]) == 0
+    words = ["experiment=tiny", "learner=finetune", "model=resnet8", "optim.epochs=1", "scenario.task_sizes=[4]"]
+    assert run_command([*words, "scenario.initial_increment=null", "scenario.increment=null", f"runs_dir={runs}", "name=four"]) == 0
     assert distill(*TINY, f"runs_dir={runs}", "name=refused", "teacher=four", "kd=kd") == 2
     assert "class_labels" in capsys.readouterr().err
 
@@ -119,7 +119,7 @@ def test_a_damaged_teacher_knows_less_than_its_run_says(
         (["generations=2"], "learn nothing from each other with kd=none"),
         (["teacher=teacher", "kd=mld2", "data=digits"], "data.strong"),
         (["model=resnet20"], "student="),
-        (["student=resnet21"], "did you mean 'resnet20'"),
+        (["student=reznet20"], "did you mean 'resnet20'"),
         (["assistants=[resnet8,resnet8]", "kd=kd"], "every network once"),
         (["++teacher_cache.folder=there"], "teacher_cache has no effect without a teacher"),
         (["optim.delta=0.1"], "optim.delta is about optimizer=dot"),
@@ -269,3 +269,16 @@ def test_parts_of_a_pass_show_every_sample_once(runs: Path) -> None:
     keys = [engine.batches.view_key(stage, 0, phase, epoch) for epoch in range(8)]
     assert len(set(keys[:4])) == len(set(keys[4:])) == 1
     assert keys[0] != keys[4]
+
+
+def test_the_student_is_found_before_it_is_trained(runs: Path, student: Callable[..., Path]) -> None:
+    small = ["search.num_evaluations=6", "search.population=4", "search.tournament=2", "search.batch_size=16"]
+    words = ["kd=kd", "search=diswot", "search.num_seeds=3", *small, "search.max_parameters=200000"]
+    teachers = ["student=resnet14", "model.width=16"]  # the embedding has to be as wide as that of the students
+    student("wide", *teachers)
+    folder = student("searched", *words, "teacher=wide")
+    found = json.loads((folder / "search.json").read_text())
+    assert len(found["candidates"]) == 6
+    assert metrics_of(folder)["student"] == f"s1-{found['winner']['code']}"
+    assert metrics_of(folder)["num_parameters"] <= 200000
+    assert load(folder).network.num_classes == 10
