@@ -275,16 +275,14 @@ def _prepare(config: "RunConfig") -> tuple["Run", bool]:
         ValueError: What keeps the first process from going on that cannot.
     """
     from cil import distributed
-    from cil.build import Run
-    from cil.config import StaticConfig
     from cil.folder import open_folder
     from cil.precision import resolve_device
-    from cil.static import StaticRun
+    from cil.static import build
 
     distributed.start(resolve_device(config.device))
     run, finished, problem = None, False, None
     try:
-        run = (StaticRun if isinstance(config, StaticConfig) else Run).build(config)
+        run = build(config)
         finished = _is_first() and open_folder(config)
     except ValueError as error:
         problem = str(error)

@@ -114,6 +114,13 @@ class StaticDistillation(Learner):
             losses |= self.distillation.terms(student, self._asked(batch), batch)
         return losses
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StaticDistillation":
+        """Move the teacher too, which is no submodule."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._asked is not None:
+            self._asked.teacher._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
     def structure(self) -> dict[str, Any]:
         """What a resumed run needs to build the same modules."""
         return {"index": self.index, "network": self.network.structure()}

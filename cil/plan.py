@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cil.build import Run
-from cil.config import RunConfig
+from cil.config import RunConfig, StaticConfig
 from cil.costs import idle_parameters, multiply_adds, num_bytes, saved_bytes
 from cil.engine import Engine
 from cil.events import SilentLog
@@ -23,6 +23,7 @@ from cil.optim import Sampling, make_optimizer
 from cil.progress import Progress
 from cil.seeding import seeded
 from cil.stages import Phase, Stage
+from cil.static import build
 from kd import Batch, Frozen
 from kd.base import total
 
@@ -177,15 +178,23 @@ def plan(config: RunConfig) -> Plan:
     the next, data path included, and carried over to the other tasks in proportion to multiply-adds.
 
     Raises:
-        ValueError: If a part cannot be built as configured, or there are too few samples for a batch.
+        ValueError: If a part cannot be built as configured, there are too few samples for a batch, or networks are
+            trained one after another.
         RunFailed: If a loss is not finite in a step.
     """
-    run = Run.build(config)
+    if isinstance(config, StaticConfig):
+        if len(config.networks) > 1:
+            raise ValueError(
+                "plan=true looks at one network, and a later one learns from those before it, which are not trained: "
+                "plan without assistants and generations"
+            )
+        config = config.model_copy(update={"teacher_cache": None})  # a plan writes nothing
+    run = build(config)
     rehearsal = Rehearsal(run)
     tasks = tuple(rehearsal.task(index) for index in range(run.num_stages))
     threads = torch.get_num_threads()
     place = f"{run.precision.name} on {run.precision.device}, {threads} thread{'s' if threads > 1 else ''}"
-    return Plan(config.name, run.tasks.describe(), place, tasks)
+    return Plan(config.name, run.describe(), place, tasks)
 
 
 class Unwritten(SilentLog):

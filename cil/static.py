@@ -178,6 +178,15 @@ class StaticRun(Run):
         progress.say(f"{self.networks[stage.index][0]}: accuracy {100 * accuracy:.2f} %")
 
 
+def build(config: RunConfig) -> Run:
+    """The parts of a run of either kind.
+
+    Raises:
+        ValueError: If a part cannot be built as configured.
+    """
+    return (StaticRun if isinstance(config, StaticConfig) else Run).build(config)
+
+
 SEARCH = "search.json"
 
 

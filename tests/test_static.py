@@ -14,7 +14,7 @@ from cil.cli import compose
 from cil.cli import main as run_command
 from cil.config import StaticConfig, check
 from cil.engine import Engine
-from cil.events import EventLog, read_events
+from cil.events import EventLog, SilentLog, read_events
 from cil.loading import load
 from cil.static import StaticRun
 from kd import distillers
@@ -96,7 +96,8 @@ def test_an_unknown_teacher_is_refused_with_those_that_there_are(
 
 def test_a_teacher_of_other_classes_is_refused(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["experiment=tiny", "learner=finetune", "model=resnet8", "optim.epochs=1", "scenario.task_sizes=[4]"]
-    assert run_command([*words, "scenario.initial_increment=null", "scenario.increment=null", f"runs_dir={runs}", "name=four"]) == 0
+    words += ["scenario.initial_increment=null", "scenario.increment=null", f"runs_dir={runs}", "name=four"]
+    assert run_command(words) == 0
     assert distill(*TINY, f"runs_dir={runs}", "name=refused", "teacher=four", "kd=kd") == 2
     assert "class_labels" in capsys.readouterr().err
 
@@ -250,7 +251,7 @@ def test_parts_of_a_pass_show_every_sample_once(runs: Path) -> None:
     words = [*TINY, "optim.sampling.epoch_parts=4", "optim.epochs=8", f"runs_dir={runs}", "name=parts"]
     config = check(compose(words, "distill"))
     run = StaticRun.build(config)
-    engine = Engine(run, EventLog(Path("/dev/null")))
+    engine = Engine(run, SilentLog())
     stage = run.stage(0)
     (phase,) = run.learner.phases(stage)
     ids = engine.batches.ids("new", stage)
@@ -282,3 +283,15 @@ def test_the_student_is_found_before_it_is_trained(runs: Path, student: Callable
     assert metrics_of(folder)["student"] == f"s1-{found['winner']['code']}"
     assert metrics_of(folder)["num_parameters"] <= 200000
     assert load(folder).network.num_classes == 10
+
+
+def test_the_plan_of_a_run_counts_the_pass_of_the_teacher(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*TINY, f"runs_dir={runs}", "name=planned", "plan=true"]
+    assert distill(*words) == 0
+    alone = capsys.readouterr().out
+    assert distill(*words, "teacher=teacher", "kd=kd") == 0
+    beside = capsys.readouterr().out
+    assert "resnet8" in alone
+    assert alone != beside
+    assert distill(*words, "kd=ban", "generations=2") == 2
+    assert not (runs / "planned").exists()
