@@ -65,11 +65,11 @@ TAUGHT = ["pair=resnet56_resnet20", f"teacher={TEACHER}"]
 #: Row of the table to what makes it; those of three seeds stand in `THREE_SEEDS`.
 METHODS: dict[str, list[str]] = {
     "plain": ["student=resnet20"],
-    **{name: [*TAUGHT, f"kd={name}"] for name in ("kd", "at", "fitnet", "sp", "crd", "reviewkd", "cat_kd", "dkd")},
-    "mld": [*TAUGHT, "kd=mld2", "data=cifar100_kd_strong", "optim.lr=0.025"],
+    **{name: [*TAUGHT, f"kd={name}"] for name in ("kd", "dkd", "eskd")},
     "kd+dot": [*TAUGHT, "kd=kd", "optim=dot"],
     "dkd+dot": [*TAUGHT, "kd=dkd", "optim=dot"],
-    "eskd": [*TAUGHT, "kd=eskd"],
+    **{name: [*TAUGHT, f"kd={name}"] for name in ("at", "fitnet", "sp", "crd", "reviewkd", "cat_kd")},
+    "mld": [*TAUGHT, "kd=mld2", "data=cifar100_kd_strong", "optim.lr=0.025"],
     "ban": ["student=resnet20", f"teacher={KD_TABLE}-plain-seed0", "kd=ban", "generations=2"],
     "takd": [*TAUGHT, "kd=takd", "assistants=[resnet32_conv]"],
 }

@@ -1,6 +1,9 @@
 """Static distillation from the command line: methods, stages, resuming, teachers and what is kept of them."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -295,3 +298,29 @@ def test_the_plan_of_a_run_counts_the_pass_of_the_teacher(runs: Path, capsys: py
     assert alone != beside
     assert distill(*words, "kd=ban", "generations=2") == 2
     assert not (runs / "planned").exists()
+
+
+def test_two_processes_distil_what_one_does(runs: Path) -> None:
+    words = [*TINY, "student=resnet8", "precision=fp64", "optim.epochs=1", "optim.schedule.milestones=[]", "device=cpu"]
+    words += [f"runs_dir={runs}", "kd=[kd,crd,cat_kd]", "optim=dot"]
+    assert distill(*words, "name=fp64", "kd=none", "optim=crd") == 0
+    for num_processes in (1, 2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+        subprocess.run(
+            [*command, "distill.py", *words, "teacher=fp64", f"name=processes-{num_processes}"],
+            cwd=Path(__file__).parent.parent,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            check=True,
+            capture_output=True,
+        )
+    one, two = (weights_of(runs / f"processes-{number}") for number in (1, 2))
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-10)
+
+
+def test_a_teacher_cache_is_for_one_process(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [*TINY, f"runs_dir={runs}", "name=many", "teacher=teacher", "kd=kd"]
+    config = check(compose([*words, f"++teacher_cache.folder={tmp_path}"], "distill"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="single process"):
+        StaticRun.build(config)
