@@ -136,10 +136,13 @@ def distillation_table(runs_dir: Path) -> str:
     return "\n".join(lines)
 
 
-def make_distillation_table(runs_dir: Path, *, train: bool) -> int:
+def make_distillation_table(runs_dir: Path, rows: list[str] | None, *, train: bool) -> int:
     """Run what is missing, one student after another; print what is there."""
     failed = 0
     for overrides in distillation_runs(runs_dir) if train else ():
+        row = overrides[-1].removeprefix(f"name={KD_TABLE}-").partition("-seed")[0]
+        if rows is not None and row not in rows:
+            continue
         failed |= run(overrides, program="distill.py", config_name="distill")
     print(distillation_table(runs_dir))
     return failed
@@ -150,10 +153,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=__doc__)
     parser.add_argument("table", choices=sorted([*TABLES, KD_TABLE]))
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"))
+    parser.add_argument("--rows", nargs="+", help="make these rows only, such as: teacher plain kd+dot")
     parser.add_argument("--print", action="store_true", help="train nothing")
     arguments = parser.parse_args()
     if arguments.table == KD_TABLE:
-        return make_distillation_table(arguments.runs_dir, train=not arguments.print)
+        return make_distillation_table(arguments.runs_dir, arguments.rows, train=not arguments.print)
     failed = 0
     for overrides in TABLES[arguments.table]:
         if not arguments.print:

@@ -8,7 +8,7 @@ from torch import Tensor
 from cil.build import Run
 from cil.data import epoch_plan
 from cil.seeding import derive
-from cil.stages import Phase, Source, Stage
+from cil.stages import Phase, SetApart, Source, Stage
 
 
 class Batches:
@@ -24,8 +24,36 @@ class Batches:
         self.num_classes = run.tasks.num_classes
         self._counts = np.bincount(self.labels[self.labels >= 0].numpy(), minlength=self.num_classes)
 
+    def of_phase(self, phase: Phase, stage: Stage) -> Int[Tensor, " samples"]:
+        """The ids of the training samples that a phase shows."""
+        ids = self.ids(phase.source, stage)
+        if phase.set_apart is None:
+            return ids
+        each = self._num_apart(phase.set_apart, stage)
+        chosen = torch.zeros(len(ids), dtype=torch.bool)
+        for label in range(stage.num_seen):
+            places = torch.nonzero(self.labels[ids] == label).flatten()
+            generator = torch.Generator().manual_seed(derive(self.seed, "set apart", stage.index, label))
+            chosen[places[torch.randperm(len(places), generator=generator)[:each]]] = True
+        return ids[chosen if phase.set_apart.shown else ~chosen]
+
+    def _num_apart(self, apart: SetApart, stage: Stage) -> int:
+        """Samples of each class that are set apart.
+
+        Raises:
+            ValueError: If the memory is too small to set one of each class apart and to leave one.
+        """
+        quota = self.memory.quota(stage.num_old, self.num_classes)
+        each = int(apart.fraction * quota)
+        if not 0 < each < quota:
+            raise ValueError(
+                f"{each} of the {quota} exemplars of an old class would be set apart (a fraction of {apart.fraction}), "
+                "and at least one has to be, and one to be left: raise memory.size or the fraction"
+            )
+        return each
+
     def ids(self, source: Source, stage: Stage) -> Int[Tensor, " samples"]:
-        """The ids of the training samples that a phase asks for."""
+        """The ids of the training samples of a source."""
         labels = self.labels
         if source == "memory":
             return self.memory.ids()
@@ -77,6 +105,9 @@ class Batches:
             "memory": stage.num_seen * self.memory.quota(stage.num_seen, self.num_classes),
             "seen": int(self._counts[: stage.num_seen].sum()),
         }[phase.source]
+        if phase.set_apart is not None:
+            apart = stage.num_seen * self._num_apart(phase.set_apart, stage)
+            samples = apart if phase.set_apart.shown else samples - apart
         sampling = phase.recipe.sampling
         shown = samples // sampling.round_to * sampling.round_to // (2 if sampling.emulate_missing_launcher else 1)
         return shown * phase.recipe.epochs // sampling.epoch_parts

@@ -205,7 +205,14 @@ class Run:
         """The method around a network."""
         assert isinstance(config, Config)
         network = make_network(config.model, config.seed, data.train.input_shape)
-        return make_learner(config, network)
+        learner = make_learner(config, network)
+        if config.kd:
+            try:
+                learner.rehearse(config.optim)
+            except ValueError as error:
+                names = f"learner={config.learner.name} model={config.model.name}"
+                raise ValueError(f"kd={'+'.join(config.kd)} does not go with {names}: {error}") from error
+        return learner
 
     @property
     def num_stages(self) -> int:

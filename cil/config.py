@@ -1,10 +1,10 @@
 """The composed tree of a run: what may stand in it, and every problem with it at once."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 from pydantic_core import ErrorDetails
@@ -15,11 +15,10 @@ from cil.search import Search
 from kd.registry import Registry, unknown
 from kd.schedule import Schedule, stop_rules
 
+if TYPE_CHECKING:
+    from cil.learners.base import Learner
+
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._+=-]*$"
-
-
-#: What the outputs of a learner's networks hold (`Distiller.needs`).
-HANDED_OVER = {"logits", "embedding", "labels"}
 
 
 class ConfigError(ValueError):
@@ -85,12 +84,14 @@ class Evaluation(Section):
         precision: Number format; null takes that of training.
         every_epochs: Evaluate on `evaluate_on` every so many epochs too; 0 does not. The result is logged, nothing
             depends on it.
+        nearest_mean: Also read the classifier of the nearest mean of exemplars, where a learner keeps any.
         continuum: Also report forgetting and transfer by the definitions of continuum 1.2.3, as the release logs them.
     """
 
     batch_size: int = Field(256, gt=0)
     precision: PrecisionName | None = None
     every_epochs: int = Field(0, ge=0)
+    nearest_mean: bool = True
     continuum: bool = False
 
 
@@ -365,11 +366,22 @@ def _contradictions(config: RunConfig) -> list[str]:
 
     found = []
     learner = learners[config.learner.name]
+    kd = "+".join(config.kd)
     if config.kd and not learner.keeps_teacher:
         found.append(
-            f"kd={'+'.join(config.kd)} has nothing to learn from with learner={config.learner.name}: it keeps no old "
-            f"network. Use learner={_nearest_with_teacher()}, or kd=none"
+            f"kd={kd} has nothing to learn from with learner={config.learner.name}: it keeps no old network. Use "
+            f"learner={_nearest(learner, partial(_can_say, ''))}, or kd=none"
         )
+    for name, needs in _needs(config).items() if learner.keeps_teacher else ():
+        for need, reason in learner.cannot_say.items():
+            if need in needs:
+                others = _nearest(
+                    learner, lambda other, need=need: other.keeps_teacher and need not in other.cannot_say
+                )
+                found.append(
+                    f"kd.{name} does not go with learner={config.learner.name}: {reason}. Use learner={others}"
+                )
+    found += _second_view_missing(config)
     if learner.needs_memory and not config.memory.size:
         found.append(
             f"learner={config.learner.name} replays exemplars and memory.size is 0: set it, or learner=finetune"
@@ -388,15 +400,7 @@ def _contradictions_of_static(config: StaticConfig) -> list[str]:
             f"kd={kd} has nobody to learn from: set teacher to the name of a network that has been trained "
             "(kd=none trains one), to the name of a run or to the path of a run folder; or generations=2"
         )
-    from kd import distillers
-
-    for name, values in config.kd.items():
-        parameters = {key: value for key, value in values.items() if key not in _OF_TERM}
-        if "strong" in distillers[values["method"]](**parameters).needs and not config.data.strong:
-            found.append(
-                f"kd.{name} reads a second view of every image: set data.strong, for example "
-                f"'data.strong={{crop: {{padding: 4}}, flip: {{}}, randaugment: {{}}}}', or kd.{name}.views=weak"
-            )
+    found += _second_view_missing(config)
     if config.search is not None and config.teacher is None:
         found.append("search looks for the student of a teacher: set teacher, or search=none")
     if config.teacher_cache is not None and config.teacher is None:
@@ -424,6 +428,30 @@ def _contradictions_of_static(config: StaticConfig) -> list[str]:
 _OF_TERM = {"method", "weight", "task_weight", *Counting.model_fields}
 
 
+def _can_say(need: str, learner: "type[Learner]") -> bool:
+    return learner.keeps_teacher and need not in learner.cannot_say
+
+
+def _needs(config: RunConfig) -> dict[str, set[str]]:
+    """What every distillation term reads (`Distiller.needs`)."""
+    from kd import distillers
+
+    found = {}
+    for name, values in config.kd.items():
+        parameters = {key: value for key, value in values.items() if key not in _OF_TERM}
+        found[name] = distillers[values["method"]](**parameters).needs
+    return found
+
+
+def _second_view_missing(config: RunConfig) -> list[str]:
+    return [
+        f"kd.{name} reads a second view of every image: set data.strong, for example "
+        f"'data.strong={{crop: {{padding: 4}}, flip: {{}}, randaugment: {{}}}}', or kd.{name}.views=weak"
+        for name, needs in _needs(config).items()
+        if "strong" in needs and not config.data.strong
+    ]
+
+
 def _stop_without_effect(config: RunConfig) -> list[str]:
     found = []
     for name, values in config.kd.items():
@@ -436,10 +464,12 @@ def _stop_without_effect(config: RunConfig) -> list[str]:
     return found
 
 
-def _nearest_with_teacher() -> str:
+def _nearest(learner: "type[Learner]", works: "Callable[[type[Learner]], bool]") -> str:
+    """The learners that would do, those that are like `learner` in using the memory first."""
     from cil.learners.base import learners
 
-    return " or ".join(name for name in learners if learners[name].keeps_teacher)
+    found = [name for name in learners if works(learners[name])]
+    return " or ".join(sorted(found, key=lambda name: learners[name].uses_memory != learner.uses_memory)[:3])
 
 
 def _known(registry: Registry[Any], name: str, key: str, problems: list[str]) -> bool:
@@ -492,15 +522,9 @@ def _check_distiller(
     if typed is None:
         return {}
     try:
-        distiller = registry[method](**typed)  # ranges are the constructor's own, since `kd` knows no config
+        registry[method](**typed)  # ranges are the constructor's own, since `kd` knows no config
     except ValueError as error:
         problems.append(f"kd.{name}: {error}")
-    else:
-        if not static and (missing := sorted(distiller.needs - HANDED_OVER)):
-            problems.append(
-                f"kd.{name}: {method} reads {', '.join(missing)}, which the learners do not hand over; they have "
-                f"{', '.join(sorted(HANDED_OVER))}. In a loop of your own every method works: kd.distillers"
-            )
     return {"method": method, **weights, **counting, **typed}
 
 

@@ -4,15 +4,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
+from jaxtyping import Int
 from torch import Tensor
 
+from cil.asking import Asked
 from cil.learners.base import Learner
 from cil.models.network import Network
 from cil.search import SearchResult
 from cil.stages import Phase, Stage
 from cil.teacher_cache import TeacherCache
 from cil.teachers import Teacher
-from cil.transfer import Asked, connect, said
+from cil.transfer import connect, said
 from kd import Batch, Frozen, WeightedSum
 
 
@@ -38,6 +40,7 @@ class StaticDistillation(Learner):
     """
 
     uses_memory = False
+    continues = False
 
     def __init__(
         self,
@@ -82,6 +85,11 @@ class StaticDistillation(Learner):
         teacher = self._asked.teacher.network
         assert isinstance(teacher, Network)
         return [self.network, teacher]
+
+    def remember(self, ids: Int[Tensor, " samples"], labels: Int[Tensor, " samples"]) -> None:
+        """Which samples a stage shows, for the terms."""
+        if self.distillation is not None:
+            self.distillation.remember(ids, labels)
 
     def begin_epoch(self, epoch: int, *, learning_rate: float, view_key: int) -> None:
         """An epoch begins, for the terms and for what is kept of the teacher."""

@@ -20,7 +20,8 @@ from cil.build import Run
 from cil.evaluation import Counts
 from cil.events import EventLog
 from cil.folder import machine
-from cil.optim import learning_rates, make_optimizer, set_learning_rate
+from cil.learners.base import Reading
+from cil.optim import Carried, learning_rates, make_optimizer, set_learning_rate, state_by_name, take_state
 from cil.progress import Progress
 from cil.results import History
 from cil.seeding import SampleNoise, derive, sample_noise, seeded
@@ -69,6 +70,8 @@ class Engine:
         self.optimizer: torch.optim.Optimizer | None = None
         self.scaler = run.precision.scaler()
         self.saved_optimizer: dict[str, Any] | None = None
+        #: What the optimiser of a phase knew at its end, for the phase of that name in the next stage.
+        self.carried: dict[str, Carried] = {}
         self.seconds: dict[str, float] = defaultdict(float)
         labels = run.samples.eval_labels.numpy()
         self.num_images = np.array(
@@ -151,8 +154,11 @@ class Engine:
 
     def finish(self, stage: Stage) -> None:
         """Evaluate, record and save a stage."""
-        counts = self.evaluate(stage, "after")
+        found = self.evaluate(stage, "after")
+        counts = next(iter(found.values()))
         history = self.history
+        for name, by in found.items():
+            history.accuracy_by.setdefault(name, []).append(by.accuracy)
         history.correct.append(counts.correct)
         history.top5.append(counts.top5 / sum(counts.num_images))
         history.exemplars.append(len(self.memory))
@@ -202,7 +208,7 @@ class Engine:
             self.position.phase, self.position.epoch, self.saved_optimizer = number, 0, None
         self.learner.phase = phase
         self.set_trainable(phase)
-        ids = self.batches.ids(phase.source, stage)
+        ids = self.batches.of_phase(phase, stage)
         steps = len(self.batches.plan(ids, stage, number, phase, epoch=0))
         if not steps:
             raise RunFailed(f"stage {stage.index}, phase {phase.name}: there is no batch to train on")
@@ -214,6 +220,9 @@ class Engine:
             self.optimizer.load_state_dict(self.saved_optimizer["optimizer"])
             self.scaler.load_state_dict(self.saved_optimizer["scaler"])
             self.saved_optimizer = None
+        elif phase.name in self.carried:
+            fresh = [f"network.{part}" for part in self.learner.network.fresh_parts]
+            take_state(self.optimizer, self.learner, self.carried.pop(phase.name), fresh)
         self.progress.phase(phase.name, phase.recipe.epochs, steps)
         if self.position.epoch == 0:
             self.log.write(
@@ -236,9 +245,11 @@ class Engine:
             if self.writes:
                 with self.timed("checkpoint"):
                     checkpoint.save_state(self.folder, stage.index, self.state())
+        if phase.recipe.carries_state and self.learner.continues:
+            self.carried[phase.name] = state_by_name(self.optimizer, self.learner)
         self.optimizer, self.model = None, self.learner
         if any(later.source == "memory" for later in phases[number + 1 :]):
-            counts = self.evaluate(stage, "before_finetuning")
+            counts = next(iter(self.evaluate(stage, "before_finetuning").values()))
             self.history.before_finetuning.append(counts.accuracy)
 
     def train_epoch(self, stage: Stage, number: int, phase: Phase, epoch: int, ids: Tensor, rates: list[float]) -> None:
@@ -358,13 +369,24 @@ class Engine:
             seconds=time.perf_counter() - start,
         )
 
-    def evaluate(self, stage: Stage, when: str) -> Counts:
-        """Count right answers over all classes seen; every reading is recorded."""
+    def evaluate(self, stage: Stage, when: str) -> dict[Reading, Counts]:
+        """Count right answers over all classes seen, in every way there is to read them; every reading is recorded.
+
+        The first is the one that counts (`Learner.read_by`): by the learner's scores, or, once the exemplars of all
+        classes are there, by the nearest of their means.
+        """
         self.progress.phase("evaluation")
         start = time.perf_counter()
         sizes = self.tasks.task_sizes[: stage.index + 1]
+        images, labels = self.samples.eval_images, self.samples.eval_labels
+        found: dict[Reading, Counts] = {}
         with self.timed("evaluation"):
-            counts = self.reader.count(self.learner, self.samples.eval_images, self.samples.eval_labels, sizes)
+            if (means := self.class_means(stage)) is not None:
+                found["nearest_mean"] = self.reader.count(self.learner, images, labels, sizes, means)
+            if means is None or self.config.evaluation.nearest_mean:
+                found["classifier"] = self.reader.count(self.learner, images, labels, sizes)
+        found = dict(sorted(found.items(), key=lambda item: item[0] != self.learner.read_by))
+        counts = next(iter(found.values()))
         self.history.test_reads += self.samples.eval_split == "test"
         self.log.write(
             "test_read", stage=stage.index, when=when, split=self.samples.eval_split, num_images=sum(counts.num_images)
@@ -374,13 +396,22 @@ class Engine:
             stage=stage.index,
             when=when,
             accuracy=counts.accuracy,
+            accuracy_by={name: by.accuracy for name, by in found.items()},
             per_task=[right / images for right, images in zip(counts.correct, counts.num_images, strict=True)],
             accuracy_old=counts.part(slice(0, stage.index)),
             accuracy_new=counts.part(slice(stage.index, None)),
             top5=counts.top5 / sum(counts.num_images),
             seconds=time.perf_counter() - start,
         )
-        return counts
+        return found
+
+    def class_means(self, stage: Stage) -> Tensor | None:
+        """The means of the exemplars, if they are to be read and those of every class have been chosen."""
+        wanted = self.config.evaluation.nearest_mean or self.learner.read_by == "nearest_mean"
+        if not (wanted and self.memory.size and self.memory_is_current(stage)):
+            return None
+        ids = self.memory.ids()
+        return self.reader.class_means(self.learner, self.samples.images, ids, self.samples.labels[ids])
 
     # State
 
@@ -394,6 +425,7 @@ class Engine:
             "structure": self.learner.structure(),
             "learner": self.learner.state_dict(),
             "training": training,
+            "carried": self.carried,
             "memory": self.memory.state_dict(),
             "history": self.history.to_json(),
             "seconds": dict(self.seconds),
@@ -412,6 +444,7 @@ class Engine:
             self.prepare(self.parts.stage(min(self.position.stage, self.parts.num_stages - 1)))
             self.learner.load_state_dict(state["learner"])
             self.saved_optimizer = state["training"]
+            self.carried = state["carried"]
             self.history = History(**state["history"])
             self.seconds.update(state["seconds"])
             self.log.truncate(state["log_position"])

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -79,7 +80,12 @@ class Reader:
                 yield some, answer(inputs.to(self.precision.dtype))
 
     def count(
-        self, learner: Learner, images: Images, labels: Int[Tensor, " all"], task_sizes: tuple[int, ...]
+        self,
+        learner: Learner,
+        images: Images,
+        labels: Int[Tensor, " all"],
+        task_sizes: tuple[int, ...],
+        means: Float[Tensor, "classes width"] | None = None,
     ) -> Counts:
         """Right answers of `learner` over the classes of the tasks in `task_sizes`; every process reads a share.
 
@@ -88,13 +94,20 @@ class Reader:
             images: The images.
             labels: Labels of all images in learned order, negative where the class is not used.
             task_sizes: Classes of each task seen so far.
+            means: Classify by the nearest of these (`class_means`) instead of by `predict`.
         """
         learner.eval()
+
+        def nearest(images: Tensor) -> Tensor:
+            assert means is not None
+            return F.normalize(full_precision(learner.embed(images))) @ means.to(images.device).T
+
+        answer = learner.predict if means is None else nearest
         task_of_label = np.repeat(np.arange(len(task_sizes)), task_sizes)
         ids = share(torch.nonzero((labels >= 0) & (labels < len(task_of_label))).flatten())
         correct, total = np.zeros(len(task_sizes), dtype=np.int64), np.zeros(len(task_sizes), dtype=np.int64)
         top5 = 0
-        for some, logits in self._run(learner.predict, images, ids):
+        for some, logits in self._run(answer, images, ids):
             wanted = labels[some]
             best = logits.float().topk(min(TOP_K, logits.shape[1]), dim=1).indices.cpu()
             hits = best == wanted[:, None]
@@ -105,6 +118,24 @@ class Reader:
         found = torch.tensor([*correct, *total, top5], device=self.precision.device)
         *per_task, top5 = all_reduce_sum(found).tolist()
         return Counts(per_task[: len(task_sizes)], per_task[len(task_sizes) :], top5)
+
+    def class_means(
+        self, learner: Learner, images: Images, ids: Int[Tensor, " exemplars"], labels: Int[Tensor, " exemplars"]
+    ) -> Float[Tensor, "classes width"]:
+        """The mean of every class's normalised features, normalised: the prototypes of iCaRL (arXiv:1611.07725).
+
+        The nearest of them to a normalised feature is the one with the largest product. With the features of
+        exemplars this is the nearest-mean-of-exemplars classifier. Every process gets all of them.
+
+        Args:
+            learner: Embeds.
+            images: Where the exemplars are.
+            ids: The exemplars.
+            labels: Their classes, in learned order; every class up to the last has one.
+        """
+        features = F.normalize(self.features(learner, images, ids))
+        sums = torch.zeros(int(labels.max()) + 1, features.shape[1], dtype=features.dtype)
+        return F.normalize(sums.index_add_(0, labels, features))
 
     def logits(
         self, learner: Learner, images: Images, ids: Int[Tensor, " samples"]

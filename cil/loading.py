@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from cil import checkpoint
-from cil.build import make_network
-from cil.config import Part, RunConfig, check
+from cil.build import make_learner, make_network
+from cil.config import Config, Part, RunConfig, check
 from cil.data import Transform
 from cil.folder import read_yaml
 from cil.models.network import Network
@@ -80,6 +80,8 @@ def load(run: str | Path, stage: int | None = None, device: str = "cpu") -> Mode
     info = summary["data"]
     part = Part(**summary["model"]) if "model" in summary else config.model
     network = make_network(part, config.seed, tuple(info["input_shape"]))
+    if isinstance(config, Config):  # a learner may give a network another head
+        network = make_learner(config, network).network
     network.rebuild(summary["network"])
     where = resolve_device(device)
     network.load_state_dict(checkpoint.load_network(place, where))

@@ -7,7 +7,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
-from torch import nn
+from torch import Tensor, nn
 
 from kd import DOT
 from kd.registry import unknown
@@ -136,6 +136,8 @@ class Recipe(BaseModel):
         momentum: For optimisers that have one.
         betas: For optimisers of the Adam family.
         delta: For `dot`: how much longer the momentum of the distillation lasts; null takes its default.
+        carry_state: Whether the optimiser's state (momenta) of a parameter goes on into the next task, with zeros for
+            what is new in it; null does so for `dot` only. Otherwise every task begins with a new optimiser.
         clip_norm: Largest allowed norm of the whole gradient; null does not clip.
         epochs: Passes over the samples, in each task.
         initial_epochs: The same for the first task; null takes `epochs`.
@@ -154,6 +156,7 @@ class Recipe(BaseModel):
     momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] | None = None
     delta: Annotated[float, Field(ge=0, lt=1)] | None = None
+    carry_state: bool | None = None
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     epochs: int = Field(500, gt=0)
     initial_epochs: Annotated[int, Field(gt=0)] | None = None
@@ -191,6 +194,11 @@ class Recipe(BaseModel):
         """Momentum and delta, where they are set."""
         found = {"momentum": self.momentum, "delta": self.delta}
         return {name: value for name, value in found.items() if value is not None}
+
+    @property
+    def carries_state(self) -> bool:
+        """Whether the optimiser's state goes on into the next task."""
+        return self.optimizer == "dot" if self.carry_state is None else self.carry_state
 
     @property
     def peak_lr(self) -> float:
@@ -234,6 +242,50 @@ def make_optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         **given,
     )
     return optimizer
+
+
+Carried = dict[str, dict[str, Tensor]]
+
+
+def state_by_name(optimizer: torch.optim.Optimizer, module: nn.Module) -> Carried:
+    """What an optimiser knows of every parameter of `module`, by the parameter's name."""
+    found = {}
+    for name, parameter in module.named_parameters():
+        state = optimizer.state.get(parameter, {})
+        tensors = {key: value.detach().clone() for key, value in state.items() if isinstance(value, Tensor)}
+        if tensors:
+            found[name] = tensors
+    return found
+
+
+def take_state(optimizer: torch.optim.Optimizer, module: nn.Module, carried: Carried, fresh: Sequence[str]) -> None:
+    """Let a new optimiser go on from what `state_by_name` gave, after `module` has grown.
+
+    A tensor of the shape that a parameter had fills the first rows of one of the shape it has now, and the rest is 0;
+    others (numbers of steps) are taken as they are. A parameter that has shrunk, or has another number of axes, begins
+    anew.
+
+    Args:
+        optimizer: Has made no step yet.
+        module: What it trains.
+        carried: By name of a parameter.
+        fresh: Beginnings of the names of parameters that begin anew.
+    """
+    trained = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    for name, parameter in module.named_parameters():
+        if parameter not in trained or name not in carried or name.startswith(tuple(fresh)):
+            continue
+        state = {}
+        for key, value in carried[name].items():
+            if value.ndim == 0 and parameter.ndim:
+                state[key] = value.clone()
+            elif value.ndim == parameter.ndim and all(
+                old <= new for old, new in zip(value.shape, parameter.shape, strict=True)
+            ):
+                state[key] = torch.zeros_like(parameter, requires_grad=False)
+                state[key][tuple(slice(size) for size in value.shape)] = value.to(parameter)
+        if len(state) == len(carried[name]):
+            optimizer.state[parameter] = state
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -293,7 +293,7 @@ class Rehearsal:
     def phase(self, stage: Stage, number: int, phase: Phase) -> PhasePlan:
         """Try a phase; the learner is the same before and after."""
         engine, learner = self.engine, self.run.learner
-        ids = engine.batches.ids(phase.source, stage)
+        ids = engine.batches.of_phase(phase, stage)
         batches = [len(some) for some, _ in engine.batches.plan(ids, stage, number, phase, epoch=0)]
         learner.phase = phase
         engine.set_trainable(phase)

@@ -13,6 +13,8 @@ from cil.data import DataSet
 from cil.metrics import AccuracyMatrix
 from cil.tasks import TaskSequence
 
+_BYTES_PER_PARAMETER = 4  # float32, as checkpoints keep them
+
 
 @dataclass
 class History:
@@ -22,6 +24,8 @@ class History:
         correct: Row per finished stage: correct predictions per task.
         before_finetuning: Accuracy over all seen classes before fine-tuning, None where a stage has none.
         top5: Fraction of samples whose class is among the five best (or all, if fewer).
+        accuracy_by: Accuracy over all seen classes after each stage by the way of reading it: `classifier`, and
+            `nearest_mean` where there are exemplars.
         exemplars: Number kept after each stage.
         num_parameters: Of the network after each stage.
         images: Training images shown so far, repeated views included.
@@ -32,6 +36,7 @@ class History:
     correct: list[list[int]] = field(default_factory=list)
     before_finetuning: list[float | None] = field(default_factory=list)
     top5: list[float] = field(default_factory=list)
+    accuracy_by: dict[str, list[float]] = field(default_factory=dict)
     exemplars: list[int] = field(default_factory=list)
     num_parameters: list[int] = field(default_factory=list)
     images: int = 0
@@ -91,9 +96,19 @@ def metrics(
         "backward_transfer": matrix.backward_transfer(),
         "forward_transfer": None,  # nothing is evaluated on tasks before they are learned
         "top5_after": history.top5,
+        "accuracy_by": {
+            name: {
+                "after": accuracies,
+                "average_incremental": float(np.mean(accuracies)),
+                "last": accuracies[-1],
+            }
+            for name, accuracies in history.accuracy_by.items()
+        },
         "num_parameters": history.num_parameters[-1] if history.num_parameters else None,
         "num_parameters_after": history.num_parameters,
+        "model_bytes": history.num_parameters[-1] * _BYTES_PER_PARAMETER if history.num_parameters else None,
         "exemplars": history.exemplars,
+        "exemplar_bytes": history.exemplars[-1] * math.prod(data.train.input_shape) if history.exemplars else None,
         "views_trained": history.images,
         "test_reads": history.test_reads,
     }

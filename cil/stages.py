@@ -44,6 +44,19 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class SetApart:
+    """As many samples of each old class as of each new one, set apart from the others of a phase's source (BiC).
+
+    Attributes:
+        fraction: Of the exemplars that an old class may have; rounded down.
+        shown: Whether the phase shows the samples set apart, or the others.
+    """
+
+    fraction: float
+    shown: bool
+
+
+@dataclass(frozen=True)
 class Phase:
     """A part of a stage: what to train on, how long, and which parameters.
 
@@ -54,6 +67,7 @@ class Phase:
         recipe: Optimiser, rate, epochs, batches.
         frozen: Modules and parameters that do not learn in this phase.
         frozen_in_eval: Hold the frozen modules in evaluation mode (BatchNorm statistics, drop path).
+        set_apart: Divides the source, for a phase that trains on a part of it.
         loader_batch_size: Batch size of the loader where it differs from the one the learning rate is scaled by.
     """
 
@@ -62,6 +76,7 @@ class Phase:
     recipe: Recipe
     frozen: Sequence[nn.Module | nn.Parameter] = ()
     frozen_in_eval: bool = True
+    set_apart: SetApart | None = None
     loader_batch_size: int | None = None
 
     @property

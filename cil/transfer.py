@@ -1,15 +1,14 @@
 """Between a network and its teacher: what both say for the distillation terms, and the adapters between them."""
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from cil.models.network import Network
-from cil.teacher_cache import TeacherCache
-from kd import Batch, Distiller, Frozen, Outputs, WeightedSum, probe
+from kd import Batch, Distiller, Outputs, WeightedSum, probe
 from kd.connect import held_still
 
 MAPS = {"taps", "class_maps"}  # what `Distiller.needs` calls the maps of a network
@@ -28,7 +27,29 @@ class _Listening(dict[str, Tensor]):
         return super().__getitem__(name)
 
 
-def connect(distillation: WeightedSum, student: Network, teacher: Network) -> None:
+Shapes = dict[str, list[int]]
+#: Named by what a network says; their shapes follow the number of classes, to which no adapter is made.
+_BY_CLASS = {"logits", "class_maps"}
+
+
+@dataclass(frozen=True)
+class Connection:
+    """How two networks are connected, as plain values: enough to build the same adapters again.
+
+    Attributes:
+        exposed: The maps that the terms read of student and teacher, by name.
+        shapes: What the adapters are made for: shapes of what student and teacher say, by name, without the batch.
+    """
+
+    exposed: tuple[list[str], list[str]] = ([], [])
+    shapes: tuple[Shapes, Shapes] = field(default_factory=lambda: ({}, {}))
+
+    def build(self, distillation: WeightedSum, device: torch.device) -> None:
+        """Build the adapters of fresh terms as `connect` has built them; their values come from a state dict."""
+        distillation.connect(*(_of_shapes(shapes, device) for shapes in self.shapes))
+
+
+def connect(distillation: WeightedSum, student: Network, teacher: Network) -> Connection:
     """Build the adapters of the terms from a probe, and let both networks say the maps that the terms read, no others.
 
     Leaves no trace in the networks but that.
@@ -41,13 +62,9 @@ def connect(distillation: WeightedSum, student: Network, teacher: Network) -> No
     Raises:
         ValueError: If a term needs what a network does not have.
     """
-    if not distillation.needs & MAPS:
-        student.expose([])
-        teacher.expose([])
-        distillation.connect(*_probed(student, teacher))
-        return
+    reads_maps = bool(distillation.needs & MAPS)
     for network in (student, teacher):
-        network.expose(network.taps())
+        network.expose(network.taps() if reads_maps else [])
     said = _probed(student, teacher)
     distillation.connect(*said)
     read: tuple[list[str], list[str]] = ([], [])
@@ -56,6 +73,19 @@ def connect(distillation: WeightedSum, student: Network, teacher: Network) -> No
             names.extend(name for name in found if name not in names)
     student.expose(read[0])
     teacher.expose(read[1])
+    return Connection(read, (_shapes(said[0]), _shapes(said[1])))
+
+
+def _shapes(outputs: Outputs) -> Shapes:
+    found = dict(outputs.taps)
+    if outputs.embedding is not None:
+        found["embedding"] = outputs.embedding
+    return {name: list(value.shape[1:]) for name, value in found.items() if name not in _BY_CLASS}
+
+
+def _of_shapes(shapes: Shapes, device: torch.device) -> Outputs:
+    made = {name: torch.zeros(_NUM_IMAGES, *shape, device=device) for name, shape in shapes.items()}
+    return Outputs(torch.zeros(_NUM_IMAGES, 1, device=device), made.pop("embedding", None), made)
 
 
 def _probed(student: Network, teacher: Network) -> tuple[Outputs, Outputs]:
@@ -109,64 +139,3 @@ def taught_by(distillation: WeightedSum | None, name: str) -> bool:
 def num_auxiliary(distillation: nn.Module | None) -> int:
     """Numbers in the adapters: trained beside the student, no part of it."""
     return 0 if distillation is None else sum(parameter.numel() for parameter in distillation.parameters())
-
-
-class Asked:
-    """A frozen teacher that is asked about batches, or whose answers to the same views are read from disk.
-
-    Args:
-        teacher: The teacher.
-        needs: What the terms read (`Distiller.needs`).
-        cache: What it said before; None keeps nothing.
-    """
-
-    def __init__(self, teacher: Frozen, needs: set[str], cache: TeacherCache | None) -> None:
-        self.teacher, self.cache = teacher, cache
-        self._needs = needs
-
-    def begin_epoch(self, view_key: int) -> None:
-        """An epoch of views begins."""
-        if self.cache is not None:
-            network = self.teacher.network
-            assert isinstance(network, Network)
-            names = ["logits", *(["embedding"] if "embedding" in self._needs else []), *network.exposed]
-            if "strong" in self._needs:
-                names += [f"strong/{name}" for name in names]
-            self.cache.begin_pass(view_key, names)
-
-    def size(self, batch: Batch, num_passes: int) -> str | None:
-        """What keeping its answers takes on disk, by those to an example batch; None if nothing is kept."""
-        if self.cache is None:
-            return None
-        return self.cache.describe(_flat(said(self.teacher, batch), self._needs), num_passes)
-
-    def __call__(self, batch: Batch) -> Outputs:
-        """What the teacher says of a batch."""
-        if self.cache is None:
-            return said(self.teacher, batch)
-        known = self.cache.read(batch.ids)
-        if known is None:
-            known = _flat(said(self.teacher, batch), self._needs)
-            self.cache.write(batch.ids, known)
-        return _outputs({name: value.to(batch.images.device) for name, value in known.items()})
-
-
-def _flat(outputs: Outputs, needs: set[str]) -> dict[str, Tensor]:
-    """What is read of the outputs, by name."""
-    flat = {"logits": outputs.logits, **outputs.taps}
-    if outputs.embedding is not None and "embedding" in needs:
-        flat["embedding"] = outputs.embedding
-    for view, seen in outputs.views.items():
-        flat |= {f"{view}/{name}": value for name, value in _flat(seen, needs).items()}
-    return flat
-
-
-def _outputs(flat: dict[str, Tensor]) -> Outputs:
-    own = {name: value for name, value in flat.items() if "/" not in name}
-    views = sorted({name.partition("/")[0] for name in flat if "/" in name})
-    seen = {}
-    for view in views:
-        names = [name for name in flat if name.startswith(f"{view}/")]
-        seen[view] = _outputs({name.removeprefix(f"{view}/"): flat[name] for name in names})
-    taps = {name: value for name, value in own.items() if name not in ("logits", "embedding")}
-    return Outputs(own["logits"], own.get("embedding"), taps, seen)

@@ -1,17 +1,23 @@
 """The contract between the engine and a method: six hooks."""
 
 import copy
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cil.models.network import Network
+from cil.optim import Recipe
 from cil.stages import Phase, Source, Stage
+from cil.transfer import Connection, connect, said
 from kd import DOT, Batch, Frozen, Outputs, WeightedSum, frozen
 from kd.base import total
 from kd.registry import Registry
+
+Reading = Literal["classifier", "nearest_mean"]
 
 learners: Registry["type[Learner]"] = Registry("learner", "cil.learners")
 
@@ -27,8 +33,14 @@ class Learner(nn.Module):
         distillation: What the network learns from its predecessor; None to learn nothing.
     """
 
-    #: Whether the method keeps the network of the last task, to distil from it.
+    #: Whether the method can keep the network of the last task, to distil from it; it does where it needs it.
     keeps_teacher: ClassVar[bool] = False
+    #: What its networks cannot say (`Distiller.needs`), each with the reason.
+    cannot_say: ClassVar[Mapping[str, str]] = {}
+    #: Whether the network of a task goes on from that of the task before, and with it the state of its optimiser.
+    continues: bool = True
+    #: Which reading counts: the scores of `predict`, or the nearest mean of exemplars. The other is told beside it.
+    read_by: Reading = "classifier"
     #: Whether the method trains on exemplars; if not, none are chosen, whatever the memory could hold.
     uses_memory: ClassVar[bool] = True
     #: Whether the method is at a loss without exemplars.
@@ -41,21 +53,68 @@ class Learner(nn.Module):
         self.teacher: Frozen | None = None
         #: The phase in work; the engine sets it.
         self.phase: Phase | None = None
+        # in a tuple, so that they are no part of the state: the terms as they were before they met two networks
+        self._fresh_terms = (copy.deepcopy(distillation),)
+        self._connection: Connection | None = None
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether there is anything to learn from the network of the last task."""
+        return self.distillation is not None
 
     def begin_stage(self, stage: Stage) -> None:
         """Before the phases of a stage: take the teacher, grow."""
-        if self.keeps_teacher and stage.index > 0:
-            self.teacher = frozen(self.network)
+        if stage.index > 0:
+            self.take_teacher()
         self.network.grow(stage.num_new)
+        self.connect()
+
+    def take_teacher(self) -> None:
+        """Hold a copy of the network as it is now, if there is something to learn from it."""
+        if self.keeps_teacher and self.needs_teacher:
+            self.teacher = frozen(self.network, keep_graph=self._keeps_graph)
+
+    @property
+    def _keeps_graph(self) -> bool:
+        return self.distillation is not None and "teacher_graph" in self.distillation.needs
+
+    def connect(self) -> None:
+        """Let teacher and grown network say what the distillation terms read; adapters that still fit go on learning.
+
+        Raises:
+            ValueError: If a network cannot say what a term reads.
+        """
+        if self.teacher is None or self.distillation is None:
+            return
+        teacher = self.teacher.network
+        assert isinstance(teacher, Network)
+        before = self._connection
+        fresh = copy.deepcopy(self._fresh_terms[0])
+        assert fresh is not None
+        found = connect(fresh, self.network, teacher)
+        if before is None or found.shapes != before.shapes:
+            self.distillation = fresh
+        self._connection = found
 
     def phases(self, stage: Stage) -> list[Phase]:
         """What to train in a stage, in order. Has no side effect: it is asked again after a resume."""
         source: Source = "new+memory" if stage.has_memory else "new"
         return [Phase("training", source, stage.recipe.for_task(stage.index))]
 
+    def rehearse(self, recipe: Recipe) -> None:
+        """Let a copy begin two stages, so that what cannot work in the second is refused before the first.
+
+        Raises:
+            ValueError: If a network cannot say what a distillation term reads.
+        """
+        trial = copy.deepcopy(self)
+        with torch.random.fork_rng(devices=[]):
+            for index in range(2):
+                trial.begin_stage(Stage(index, range(2 * index, 2 * index + 2), recipe, has_memory=True))
+
     def remember(self, ids: Int[Tensor, " samples"], labels: Int[Tensor, " samples"]) -> None:
         """Which samples the phases of a stage will show, after `begin_stage` and after a resume."""
-        if self.distillation is not None:
+        if self.distillation is not None and self.teacher is not None:  # before that nothing is compared
             self.distillation.remember(ids, labels)
 
     def begin_epoch(self, epoch: int, *, learning_rate: float, view_key: int) -> None:
@@ -76,6 +135,26 @@ class Learner(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The losses of a batch by name, already weighted."""
         raise NotImplementedError(f"{type(self).__name__} does not say what its losses are")
+
+    def transferred(
+        self, student: Outputs, batch: Batch, weight: float = 1.0, teacher: Outputs | None = None
+    ) -> dict[str, Tensor]:
+        """The distillation terms of a batch by name, times `weight`; none in the first stage.
+
+        Terms that compare scores see those of the old classes; a label that the teacher does not know is the term's own
+        affair (`kd`).
+
+        Args:
+            student: What the network says (`cil.transfer.said`).
+            batch: The batch.
+            weight: Of the learner.
+            teacher: What the teacher says, where it has been asked already.
+        """
+        if self.teacher is None or self.distillation is None or not self.distillation.counts:
+            return {}
+        teacher = said(self.teacher, batch) if teacher is None else teacher
+        terms = self.distillation.terms(student.first(teacher.logits.shape[1]), teacher, batch)
+        return {name: weight * term for name, term in terms.items()}
 
     def update(
         self,
@@ -106,6 +185,7 @@ class Learner(nn.Module):
     def end_stage(self, stage: Stage) -> None:
         """After the phases and the choice of exemplars: weight aligning, bias correction."""
         self.teacher = None
+        self.network.expose([])
 
     def predict(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         """Scores of all classes seen so far, for evaluation."""
@@ -134,12 +214,21 @@ class Learner(nn.Module):
     def structure(self) -> dict[str, Any]:
         """What growing has made of the modules, as plain JSON values."""
         teacher = self.teacher.network.structure() if self.teacher is not None else None  # type: ignore[operator]
-        return {"network": self.network.structure(), "teacher": teacher}
+        connection = asdict(self._connection) if self._connection is not None else None
+        return {"network": self.network.structure(), "teacher": teacher, "connection": connection}
 
     def rebuild(self, structure: dict[str, Any]) -> None:
         """Give a fresh learner the modules of a saved one; the values come from its state dict."""
         if structure["teacher"] is not None:
             teacher = copy.deepcopy(self.network)
             teacher.rebuild(structure["teacher"])
-            self.teacher = Frozen(teacher)
+            self.teacher = Frozen(teacher, keep_graph=self._keeps_graph)
         self.network.rebuild(structure["network"])
+        if structure["connection"] is not None:
+            self._connection = Connection(**structure["connection"])
+            assert self.distillation is not None
+            self._connection.build(self.distillation, next(self.network.parameters()).device)
+            if self.teacher is not None:
+                ours, theirs = self._connection.exposed
+                self.network.expose(ours)
+                self.teacher.network.expose(theirs)  # type: ignore[operator]

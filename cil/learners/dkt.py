@@ -12,6 +12,7 @@ from cil.models.dkt import DKTNetwork
 from cil.models.network import Network
 from cil.optim import Recipe, Schedule
 from cil.stages import Phase, Stage
+from cil.transfer import said
 from kd import Batch, WeightedSum
 from kd.feature.cluster_separation import ClusterSeparation
 
@@ -94,6 +95,11 @@ class DKT(Learner):
         self.incremental_batch_size = incremental_batch_size
         self.late_batch_override = late_batch_override
 
+    @property
+    def needs_teacher(self) -> bool:
+        """Cluster separation pairs the embeddings of both networks."""
+        return super().needs_teacher or self.separation is not None
+
     def phases(self, stage: Stage) -> list[Phase]:
         """The main phase, and from the second task on balanced fine-tuning on the memory."""
         recipe = stage.recipe.for_task(stage.index)
@@ -137,9 +143,9 @@ class DKT(Learner):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The weighted terms `bce`, the distillation terms by name and `separation`; fine-tuning has `bce` alone."""
-        student = self.network(batch.images)
+        student = said(self.network, batch)
         finetuning = self.phase is not None and self.phase.source == "memory"
-        teacher = self.teacher(batch.images) if self.teacher is not None and not finetuning else None
+        teacher = said(self.teacher, batch) if self.teacher is not None and not finetuning else None
         return dkt_losses(
             student,
             teacher,

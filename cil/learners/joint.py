@@ -34,6 +34,7 @@ class Joint(Learner):
     ) -> None:
         super().__init__(network, distillation)
         self.start = start
+        self.continues = start == "continue"
         # in a tuple, so that it is no part of the state: the run's seed makes it again
         self.untrained = (copy.deepcopy(network),)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from cil.learners.base import Learner, learners
 from cil.models.network import Network
 from cil.stages import Phase, Stage
+from cil.transfer import said
 from kd import Batch, WeightedSum
 
 
@@ -60,11 +61,7 @@ class LwF(Learner):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Mean cross-entropy, and the weighted distillation terms by name."""
-        student = self.network(batch.images)
+        student = said(self.network, batch)
         first = sum(self.network.task_sizes[:-1]) if self.logits == "new" else 0
         losses = {"ce": F.cross_entropy(student.logits[:, first:], batch.labels - first)}
-        if self.teacher is not None and self.distillation.counts:
-            teacher = self.teacher(batch.images)
-            terms = self.distillation.terms(student.first(teacher.logits.shape[1]), teacher, batch)
-            losses |= {name: self.weight * term for name, term in terms.items()}
-        return losses
+        return losses | self.transferred(student, batch, self.weight)

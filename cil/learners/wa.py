@@ -8,6 +8,7 @@ from cil.learners.base import Learner, learners
 from cil.models.heads import GrowingLinear
 from cil.models.network import BackboneNetwork, Network
 from cil.stages import Stage
+from cil.transfer import said
 from kd import Batch, WeightedSum
 
 
@@ -72,17 +73,12 @@ class WA(Learner):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The weighted terms: `ce` over every class seen, and those of distillation by name."""
-        student = self.network(batch.images)
+        student = said(self.network, batch)
         ce = F.cross_entropy(student.logits, batch.labels)
-        if self.teacher is None or self.distillation is None:
+        if self.teacher is None:
             return {"ce": ce}
-        num_old = sum(self.network.task_sizes[:-1])
-        old_share = num_old / self.network.num_classes
-        losses = {"ce": (1 - old_share) * ce}
-        if self.distillation.counts:
-            terms = self.distillation.terms(student.first(num_old), self.teacher(batch.images), batch)
-            losses |= {name: old_share * term for name, term in terms.items()}
-        return losses
+        old_share = sum(self.network.task_sizes[:-1]) / self.network.num_classes
+        return {"ce": (1 - old_share) * ce} | self.transferred(student, batch, old_share)
 
     def update(
         self,

@@ -327,6 +327,8 @@ class DKTNetwork(Network):
         ValueError: If `width` is no multiple of `num_heads`, or no whole patches can be cut.
     """
 
+    fresh_parts = ("plasticity.",)
+
     def __init__(
         self,
         input_shape: InputShape,

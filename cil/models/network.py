@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -62,6 +63,9 @@ class Network(nn.Module):
         self.task_sizes: list[int] = []
         #: Names of the taps that `forward` adds to what it says; see `expose`.
         self.exposed: tuple[str, ...] = ()
+
+    #: Names under which parameters begin anew with every task, and inherit nothing from those of the same name before.
+    fresh_parts: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:
@@ -163,6 +167,7 @@ class BackboneNetwork(Network):
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Outputs:
         """Scores of all classes so far, the embedding before the head, and what is exposed."""
+        images = images.contiguous(memory_format=torch.channels_last)  # convolutions are faster on it, twice in bf16
         if not self.exposed:
             embedding = self.backbone(images)
             return Outputs(self.head(embedding), embedding)
