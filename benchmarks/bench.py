@@ -16,7 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 
+from cil.models.dytox import DyToxNetwork
 from kd import Batch, Outputs
 from kd.feature.crd import CRD
 from kd.feature.crd_sampling import ClassBlocks
@@ -99,6 +101,45 @@ def crd_step() -> Measured:
         sum(losses[1:], losses[0]).backward()
 
     return side_by_side(lambda: crd(student, teacher, batch).backward(), released, repetitions=3)
+
+
+def _dytox_decoder(num_tasks: int) -> Measured:
+    """The decoder of DyTox on 32 images, forward and backward; as published it runs once per task over all tokens."""
+    network = DyToxNetwork((3, 32, 32))
+    for _ in range(num_tasks):
+        network.grow(1)
+    patches = torch.randn(32, *network.position.shape[1:], requires_grad=True)
+
+    def published() -> None:
+        answers = []
+        for token in network.task_tokens:
+            answer = token.expand(len(patches), -1, -1)
+            for block in network.decoder:
+                sequence = block.norm1(torch.cat([answer, patches], dim=1))
+                asked = block.attention
+                q, k, v = (
+                    rearrange(layer(x), "b n (head d) -> b head n d", head=asked.num_heads)
+                    for layer, x in ((asked.q, sequence[:, :1]), (asked.k, sequence), (asked.v, sequence))
+                )
+                told = rearrange(F.scaled_dot_product_attention(q, k, v), "b head n d -> b n (head d)")
+                answer = answer + asked.proj(told)
+                answer = answer + block.mlp(block.norm2(answer))
+            answers.append(answer)
+        torch.cat(answers, dim=1).square().sum().backward()
+
+    return side_by_side(lambda: network.decode(patches).square().sum().backward(), published, repetitions=5)
+
+
+@row
+def dytox_decoder_10() -> Measured:
+    """The decoder of DyTox with 10 tasks."""
+    return _dytox_decoder(10)
+
+
+@row
+def dytox_decoder_20() -> Measured:
+    """The decoder of DyTox with 20 tasks."""
+    return _dytox_decoder(20)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

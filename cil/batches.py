@@ -38,17 +38,18 @@ class Batches:
         return ids[chosen if phase.set_apart.shown else ~chosen]
 
     def _num_apart(self, apart: SetApart, stage: Stage) -> int:
-        """Samples of each class that are set apart.
+        """Samples of each class that are set apart; a class that has fewer than its exemplars may be counts as it is.
 
         Raises:
             ValueError: If the memory is too small to set one of each class apart and to leave one.
         """
-        quota = self.memory.quota(stage.num_old, self.num_classes)
+        smallest = int(self._counts[: stage.num_seen].min())
+        quota = min(self.memory.quota(stage.num_old, self.num_classes), smallest)
         each = int(apart.fraction * quota)
         if not 0 < each < quota:
             raise ValueError(
-                f"{each} of the {quota} exemplars of an old class would be set apart (a fraction of {apart.fraction}), "
-                "and at least one has to be, and one to be left: raise memory.size or the fraction"
+                f"{each} of the {quota} samples of the smallest class would be set apart (a fraction of "
+                f"{apart.fraction}), and at least one has to be, and one to be left: raise memory.size or the fraction"
             )
         return each
 

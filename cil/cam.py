@@ -30,11 +30,11 @@ from cil.data.framing import Framing
 from cil.data.image_folder import ImageFolder
 from cil.data.pixels import luminance
 from cil.loading import Model, load
+from cil.models.network import Network
 from cil.seeding import derive
 from kd.cam import overlay
 from kd.precision import full_precision
 from kd.registry import unknown
-from kd.taps import Tapped
 
 TEST_CHOICES: dict[str, bool | None] = {"test": None, "test:right": True, "test:wrong": False}
 PREDICTED, LABEL = "predicted", "label"  # what stands for a class on the command line
@@ -94,23 +94,25 @@ class Explained:
         return self.predicted == self.example.label
 
 
-def tapped(model: Model) -> Tapped:
-    """The network of a run, with its class maps.
+def tapped(model: Model) -> Network:
+    """The network of a run, which says its class maps from now on.
 
     Raises:
         ValueError: If its scores are no sums over the places of a map, or it takes no images that can be shown.
     """
     network, paths = model.network, model.network.tap_paths()
-    outputs, inputs = ({"last": side["last"]} if "last" in side else {} for side in (paths.outputs, paths.inputs))
-    if not outputs and not inputs:
+    is_pooled = "last" in paths.outputs | paths.inputs  # otherwise the means of the maps are not the scores
+    if not is_pooled or "class_maps" not in network.taps():
         raise ValueError(
             f"class activation maps need a network whose linear head reads the mean of a feature map; {_kind(model)} "
-            "has none, as is so of transformers (dkt, dytox, those of timm) and of networks with a norm behind the "
-            "mean: use a run of a convolutional network such as model=resnet32"
+            "has none, as is so of transformers (dkt, dytox, those of timm), of networks with a norm behind the mean "
+            "and of heads with several vectors for a class (podnet): use a run of a convolutional network such as "
+            "model=resnet32 with another learner"
         )
     if network.input_shape[0] not in (1, 3):
         raise ValueError(f"images of 1 or 3 channels can be shown, the run has {network.input_shape[0]}")
-    return Tapped(network, outputs, inputs, head="head").eval()
+    network.expose(["class_maps"])
+    return network.eval()
 
 
 def explain(model: Model, examples: Iterable[Example]) -> Iterator[Explained]:

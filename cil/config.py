@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
@@ -370,14 +371,12 @@ def _contradictions(config: RunConfig) -> list[str]:
     if config.kd and not learner.keeps_teacher:
         found.append(
             f"kd={kd} has nothing to learn from with learner={config.learner.name}: it keeps no old network. Use "
-            f"learner={_nearest(learner, partial(_can_say, ''))}, or kd=none"
+            f"learner={_nearest(learner, _can_distil)}, or kd=none"
         )
     for name, needs in _needs(config).items() if learner.keeps_teacher else ():
         for need, reason in learner.cannot_say.items():
             if need in needs:
-                others = _nearest(
-                    learner, lambda other, need=need: other.keeps_teacher and need not in other.cannot_say
-                )
+                others = _nearest(learner, partial(_can_say, need))
                 found.append(
                     f"kd.{name} does not go with learner={config.learner.name}: {reason}. Use learner={others}"
                 )
@@ -428,8 +427,12 @@ def _contradictions_of_static(config: StaticConfig) -> list[str]:
 _OF_TERM = {"method", "weight", "task_weight", *Counting.model_fields}
 
 
+def _can_distil(learner: "type[Learner]") -> bool:
+    return learner.keeps_teacher
+
+
 def _can_say(need: str, learner: "type[Learner]") -> bool:
-    return learner.keeps_teacher and need not in learner.cannot_say
+    return _can_distil(learner) and need not in learner.cannot_say
 
 
 def _needs(config: RunConfig) -> dict[str, set[str]]:

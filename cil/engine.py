@@ -248,7 +248,7 @@ class Engine:
         if phase.recipe.carries_state and self.learner.continues:
             self.carried[phase.name] = state_by_name(self.optimizer, self.learner)
         self.optimizer, self.model = None, self.learner
-        if any(later.source == "memory" for later in phases[number + 1 :]):
+        if any(later.source == "memory" for later in phases[number + 1 : number + 2]):
             counts = next(iter(self.evaluate(stage, "before_finetuning").values()))
             self.history.before_finetuning.append(counts.accuracy)
 

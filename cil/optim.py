@@ -286,6 +286,10 @@ def take_state(optimizer: torch.optim.Optimizer, module: nn.Module, carried: Car
                 state[key][tuple(slice(size) for size in value.shape)] = value.to(parameter)
         if len(state) == len(carried[name]):
             optimizer.state[parameter] = state
+    if isinstance(optimizer, torch.optim.SGD):  # the fused one can begin with no momentum at all, but not with some
+        for parameter in trained if optimizer.state else ():
+            if not optimizer.state[parameter]:
+                optimizer.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter, requires_grad=False)}
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

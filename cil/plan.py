@@ -254,7 +254,7 @@ class Rehearsal:
                 embedded += 1
             phases.append(self.phase(stage, number, phase))
             evaluated += (phase.recipe.epochs - 1) // every if every else 0
-            evaluated += any(later.source == "memory" for later in listed[number + 1 :])
+            evaluated += any(later.source == "memory" for later in listed[number + 1 : number + 2])
         learner.phase = None
         if run.memory.size and (not engine.memory_is_current(stage) or run.config.exemplars.when == "after_finetuning"):
             self.fill_memory(stage)

@@ -24,24 +24,24 @@ class History:
         correct: Row per finished stage: correct predictions per task.
         before_finetuning: Accuracy over all seen classes before fine-tuning, None where a stage has none.
         top5: Fraction of samples whose class is among the five best (or all, if fewer).
-        accuracy_by: Accuracy over all seen classes after each stage by the way of reading it: `classifier`, and
-            `nearest_mean` where there are exemplars.
         exemplars: Number kept after each stage.
         num_parameters: Of the network after each stage.
         images: Training images shown so far, repeated views included.
         training_seconds: Time spent on them.
         test_reads: How often the test set was read.
+        accuracy_by: Accuracy over all seen classes after each stage by the way of reading it: `classifier`, and
+            `nearest_mean` where there are exemplars.
     """
 
     correct: list[list[int]] = field(default_factory=list)
     before_finetuning: list[float | None] = field(default_factory=list)
     top5: list[float] = field(default_factory=list)
-    accuracy_by: dict[str, list[float]] = field(default_factory=dict)
     exemplars: list[int] = field(default_factory=list)
     num_parameters: list[int] = field(default_factory=list)
     images: int = 0
     training_seconds: float = 0.0
     test_reads: int = 0
+    accuracy_by: dict[str, list[float]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""

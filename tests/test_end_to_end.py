@@ -21,11 +21,19 @@ from cil.events import EventLog, read_events
 from tests.conftest import RunTiny
 from tests.run_folders import assert_same_weights, content_of, facts_of, metrics_of, results_of, weights_of
 
-LEARNERS = ["dkt", "dkt_official", "ewc", "finetune", "joint", "lwf", "replay", "wa"]
-FINETUNING = {"dkt", "dkt_official"}
+LEARNERS = [
+    *("bic", "der", "dkt", "dkt_official", "dytox", "ewc", "finetune", "foster", "icarl", "joint", "lucir", "lwf"),
+    *("memo", "podnet", "replay", "wa"),
+]
+FINETUNING = {"dkt", "dkt_official", "dytox", "podnet"}
 RESNET = ("model=resnet32", "model.depth=20", "model.width=4")
 #: What a learner needs beside itself.
-COMPANIONS = {"ewc": RESNET, "wa": RESNET}
+COMPANIONS = {
+    "bic": (*RESNET, "memory.size=40"),
+    **dict.fromkeys(("der", "ewc", "foster", "lucir", "memo", "wa"), RESNET),
+    "podnet": (*RESNET, "learner.finetune_epochs=2"),
+    "dytox": ("model=dytox_tiny", "learner.finetune_epochs=2"),
+}
 KEYS_OF_SCRIPTS = {
     "name",
     "wall_seconds",

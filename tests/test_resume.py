@@ -299,3 +299,16 @@ def test_a_killed_process_is_continued_by_the_same_command(tmp_path: Path, whole
     assert process.wait() == -signal.SIGKILL
     subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, check=True)
     assert_as_if_nothing_happened(tmp_path / "run", whole_run())
+
+
+@pytest.mark.parametrize("call", [2, 3, 4, 6])
+def test_the_momenta_of_dot_go_on_after_a_stop_in_any_stage(
+    call: int, run_tiny: RunTiny, whole_run: RunTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("model=resnet8", "model.width=4", "kd=[kd,crd]", "kd.crd.num_negatives=16", "optim.optimizer=dot")
+    words = (*words, "optim.lr=0.02", "optim.lr_reference_batch=null", "optim.momentum=0.9")
+    whole = whole_run(*words, learner="replay")
+    with monkeypatch.context() as patched:
+        interrupt(patched, checkpoint, "save_state", call, after=True, what=KeyboardInterrupt)
+        run_tiny(*words, learner="replay", code=INTERRUPTED)
+    assert_as_if_nothing_happened(run_tiny(*words, learner="replay"), whole)

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from cil.learners.base import Learner, learners
 from cil.learners.dkt_losses import Reduction, dkt_losses
+from cil.learners.finetuning import Epochs, balanced_finetuning, per_task
 from cil.models.dkt import DKTNetwork
 from cil.models.network import Network
-from cil.optim import Recipe, Schedule
 from cil.stages import Phase, Stage
 from cil.transfer import said
 from kd import Batch, WeightedSum
@@ -61,7 +61,7 @@ class DKT(Learner):
         base_weight: Annotated[float, Field(gt=0)] = 1.0,
         base_reduction: Reduction = "batchmean",
         separation: Annotated[float, Field(ge=0)] = 0.003,
-        finetune_epochs: Annotated[int, Field(ge=0)] | list[Annotated[int, Field(ge=0)]] = 10,
+        finetune_epochs: Epochs = 10,
         finetune_lr: Annotated[float, Field(gt=0)] = 5e-5,
         finetune_batch_size: Annotated[int, Field(gt=1)] | None = None,
         finetune_shuffle: bool = True,
@@ -77,15 +77,13 @@ class DKT(Learner):
                 f"learner=dkt needs the network with a token pool, found {type(network).__name__}: use model=dkt, or "
                 "another learner (replay, finetune, joint)"
             )
-        if isinstance(finetune_epochs, list) and not finetune_epochs:
-            raise ValueError("learner.finetune_epochs: found an empty list; give one number, or one for each task")
         if late_batch_override and incremental_batch_size is None:
             raise ValueError("learner.late_batch_override has no effect without learner.incremental_batch_size")
         self.network: DKTNetwork = network
         self.separation = ClusterSeparation(scale=separation) if separation else None
         self.base_weight = base_weight
         self.base_reduction: Reduction = base_reduction
-        self.finetune_epochs = finetune_epochs if isinstance(finetune_epochs, list) else [finetune_epochs]
+        self.finetune_epochs = per_task(finetune_epochs)
         self.finetune_lr = finetune_lr
         self.finetune_batch_size = finetune_batch_size
         self.finetune_shuffle = finetune_shuffle
@@ -117,29 +115,19 @@ class DKT(Learner):
             frozen=[*pool.task_tokens[:-1], network.stability],
             loader_batch_size=loader_batch_size,
         )
-        epochs = self.finetune_epochs[min(stage.index, len(self.finetune_epochs)) - 1]
-        if not epochs or not stage.has_memory:
-            return [main]
         general_token = [] if self.finetune_general_token else [pool.general_token]
-        finetuning = Phase(
-            "finetuning",
-            "memory",
-            self._finetuning_recipe(recipe, epochs),
+        finetuning = balanced_finetuning(
+            stage,
+            recipe,
+            epochs=self.finetune_epochs,
+            lr=self.finetune_lr,
+            batch_size=self.finetune_batch_size,
+            shuffle=self.finetune_shuffle,
+            drop_last=self.finetune_drop_last,
             frozen=[network.encoder, *pool.task_tokens, *general_token],
             frozen_in_eval=self.finetune_frozen_in_eval,
         )
-        return [main, finetuning]
-
-    def _finetuning_recipe(self, recipe: Recipe, epochs: int) -> Recipe:
-        sampling = {"shuffle": self.finetune_shuffle, "drop_last": self.finetune_drop_last}
-        return recipe.changed(
-            epochs=epochs,
-            initial_epochs=None,
-            lr=self.finetune_lr,
-            batch_size=self.finetune_batch_size or recipe.batch_size,
-            schedule=Schedule(name="constant").model_dump(),
-            sampling=sampling,
-        )
+        return [main, *finetuning]
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The weighted terms `bce`, the distillation terms by name and `separation`; fine-tuning has `bce` alone."""

@@ -17,13 +17,13 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from cil.models.heads import PlasticityClassifier, StabilityClassifier
-from cil.models.network import InputShape, Network, models
+from cil.models.heads import Classifier, PlasticityClassifier, StabilityClassifier
+from cil.models.network import InputShape, models
 from cil.models.noise import DropPath
+from cil.models.patches import Grid, PatchMaps, PatchNetwork
 from kd import Outputs
 
 Tokens = Float[Tensor, "batch tokens dim"]
-Grid = tuple[int, int]
 
 _TOKEN_STD = 0.02  # of tokens and of the decoder's attention at the start (release)
 _BLOCK_EPS = 1e-6  # of LayerNorms in blocks (release); the classifiers have torch's 1e-5
@@ -290,20 +290,28 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(blocks)
 
     def forward(
-        self, images: Float[Tensor, "batch channels height width"], general_token: Float[Tensor, "1 1 dim"]
+        self,
+        images: Float[Tensor, "batch channels height width"],
+        general_token: Float[Tensor, "1 1 dim"],
+        maps: PatchMaps | None = None,
     ) -> Float[Tensor, "batch patches dim"]:
-        """The encoded patches."""
+        """The encoded patches; `maps` collects what is exposed."""
+        patches: Tensor
         patches, grid = self.patch_embedding(images)
-        *plain, gkab = self.blocks
-        for block in plain:
-            patches = block(patches, grid)
-        encoded: Tensor = gkab(patches, grid, general_token)
-        return encoded
+        last = len(self.blocks) - 1
+        for i, block in enumerate(self.blocks):
+            patches = block(patches, grid, general_token) if i == last else block(patches, grid)
+            if maps is not None:
+                patches = maps.pass_on(i, patches, grid)
+        return patches
 
 
 @models.register("dkt")
-class DKTNetwork(Network):
+class DKTNetwork(PatchNetwork):
     """The whole network; see the module for how it works. One class of each name in it is one attribute here.
+
+    What it can say inside are the taps of `PatchNetwork`; the rows of the stability classifier come first in its class
+    maps, those of the plasticity classifier below.
 
     Args:
         input_shape: Channels, height and width of an image.
@@ -389,13 +397,24 @@ class DKTNetwork(Network):
         self.plasticity = PlasticityClassifier(self.embedding_width).to(self.token_pool.general_token)
         self.plasticity.head.grow(num_new)
 
+    @property
+    def depth(self) -> int:
+        """Number of encoder blocks, the GKAB included."""
+        return len(self.encoder.blocks)
+
+    def classifiers(self) -> list[Classifier]:
+        """The duplex classifier, old classes first."""
+        return [self.stability] if self.plasticity is None else [self.stability, self.plasticity]
+
     def classify(self, embedding: Float[Tensor, "batch width"]) -> Float[Tensor, "batch classes"]:
         """Scores of all classes, in the order in which they were learned."""
         old: Tensor = self.stability(embedding)
         return old if self.plasticity is None else torch.cat([old, self.plasticity(embedding)], dim=1)
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Outputs:
-        """Scores of all classes so far, and the decoder's answer as the embedding."""
-        patches = self.encoder(images, self.token_pool.general_token)
+        """Scores of all classes so far, the decoder's answer as the embedding, and what is exposed."""
+        maps = self.listen()
+        patches = self.encoder(images, self.token_pool.general_token, maps)
         z = self.skab(self.token_pool.newest_first(len(images)), patches)
-        return Outputs(self.classify(z), embedding=z)
+        taps = {} if maps is None else maps.taps(self.classifiers())
+        return Outputs(self.classify(z), embedding=z, taps=taps)

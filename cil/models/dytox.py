@@ -2,23 +2,25 @@
 arXiv:2111.11326), on the encoder of ConViT (d'Ascoli et al., ICML 2021, arXiv:2103.10697).
 
 A ConViT encoder turns an image into patch tokens; for each task token apart, a decoder of class-attention blocks reads
-the patches, and a classifier of that task alone reads the answer.
+the patches, and a classifier of that task alone reads the answer. No task token sees another, so all of them are
+decoded in one pass, over keys and values of the patches that are computed once.
 
-Shapes in the names of axes: b batch, n patches, d width.
+Shapes in the names of axes: b batch, n patches, t tasks, d width.
 """
 
 from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
 from cil.models.heads import Classifier
-from cil.models.network import InputShape, Network, models
+from cil.models.network import InputShape, models
 from cil.models.noise import DropPath
+from cil.models.patches import PatchMaps, PatchNetwork
 from kd import Outputs
 
 Tokens = Float[Tensor, "batch tokens width"]
@@ -82,7 +84,7 @@ class GPSA(nn.Module):
 
 
 class ClassAttention(nn.Module):
-    """The first token, alone, attends to all tokens.
+    """Every task token attends to itself and to all patches, and to no other task token.
 
     Args:
         width: Width of a token.
@@ -95,13 +97,19 @@ class ClassAttention(nn.Module):
         self.q, self.k, self.v = (nn.Linear(width, width, bias=False) for _ in range(3))
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tokens) -> Float[Tensor, "batch 1 width"]:
-        """Normalised tokens in, the update of the first one out."""
+    def forward(
+        self, tasks: Float[Tensor, "batch_or_1 tasks width"], patches: Float[Tensor, "batch patches width"]
+    ) -> Float[Tensor, "batch tasks width"]:
+        """Normalised task tokens, of each sample or the same for all, and patches in; the updates of the tokens out."""
         split = "b n (head d) -> b head n d"
-        q = rearrange(self.q(x[:, :1]), split, head=self.num_heads)
-        k = rearrange(self.k(x), split, head=self.num_heads)
-        v = rearrange(self.v(x), split, head=self.num_heads)
-        update: Tensor = self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b head n d -> b n (head d)"))
+        q, own_k, own_v = (rearrange(layer(tasks), split, head=self.num_heads) for layer in (self.q, self.k, self.v))
+        k, v = (rearrange(layer(patches), split, head=self.num_heads) for layer in (self.k, self.v))
+        q = q * q.shape[-1] ** -0.5
+        # plain products, as in `cil.models.dkt`: faster than torch's fused attention with a mask
+        to_itself = (q * own_k).sum(dim=-1, keepdim=True).expand(len(patches), -1, -1, -1)
+        weights = torch.cat([to_itself, q @ k.mT], dim=-1).softmax(dim=-1)
+        answers = weights[..., :1] * own_v + weights[..., 1:] @ v
+        update: Tensor = self.proj(rearrange(answers, "b head t d -> b t (head d)"))
         return update
 
 
@@ -151,7 +159,7 @@ class EncoderBlock(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Class attention of a task token to itself and the patches, then the MLP, both residual.
+    """Class attention of the task tokens, each to itself and the patches, then the MLP, both residual.
 
     Args:
         width, num_heads, hidden: Width of a token, heads of the attention, width inside the MLP.
@@ -165,21 +173,21 @@ class DecoderBlock(nn.Module):
         self.mlp = MLP(width, hidden)
 
     def forward(
-        self, token: Float[Tensor, "batch 1 width"], patches: Float[Tensor, "batch patches width"]
-    ) -> Float[Tensor, "batch 1 width"]:
-        """The token after asking the patches."""
-        token = token + self.attention(self.norm1(torch.cat([token, patches], dim=1)))
-        updated: Tensor = token + self.mlp(self.norm2(token))
+        self, tasks: Float[Tensor, "batch_or_1 tasks width"], patches: Float[Tensor, "batch patches width"]
+    ) -> Float[Tensor, "batch tasks width"]:
+        """The task tokens after asking the patches."""
+        tasks = tasks + self.attention(self.norm1(tasks), self.norm1(patches))
+        updated: Tensor = tasks + self.mlp(self.norm2(tasks))
         return updated
 
 
 @models.register("dytox")
-class DyToxNetwork(Network):
-    """A ConViT encoder, a decoder run once per task token, and one classifier per task.
+class DyToxNetwork(PatchNetwork):
+    """A ConViT encoder, a decoder that all task tokens pass apart from each other, and one classifier per task.
 
-    `Outputs.embedding` is the answer to the newest token; `Outputs.taps` holds the answers to all of them
-    (`task_embeddings` `[tasks, batch, width]`) and from the second task on the scores of the divergence head
-    (`divergence` `[batch, 1 + new classes]`: "old", then each class of the newest task).
+    `Outputs.embedding` is the answer to the newest token. From the second task on a divergence head, `divergence`,
+    reads it too: one score for every old class together, then one for each class of the newest task. It is for training
+    (`learner=dytox`) and no part of what the network says. What it can say inside are the taps of `PatchNetwork`.
 
     Args:
         input_shape: Channels, height and width of an image.
@@ -195,6 +203,8 @@ class DyToxNetwork(Network):
     Raises:
         ValueError: If `width` is no multiple of `num_heads`, or no whole patches can be cut.
     """
+
+    fresh_parts = ("divergence.",)
 
     def __init__(
         self,
@@ -243,19 +253,41 @@ class DyToxNetwork(Network):
         classifier.head.grow(num_classes)
         return classifier.to(self.position)
 
-    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Outputs:
-        """Scores of all classes so far; see the class for the taps."""
-        patches = rearrange(self.patch_embedding(images), "b d h w -> b (h w) d") + self.position
-        for block in self.encoder:
+    @property
+    def depth(self) -> int:
+        """Number of encoder blocks."""
+        return len(self.encoder)
+
+    def classifiers(self) -> list[Classifier]:
+        """One for each task."""
+        return list(self.heads)  # type: ignore[arg-type]
+
+    def encode(
+        self, images: Float[Tensor, "batch channels height width"], maps: PatchMaps | None = None
+    ) -> Float[Tensor, "batch patches dim"]:
+        """The encoded patches; `maps` collects what is exposed."""
+        cut = self.patch_embedding(images)
+        patches: Tensor = rearrange(cut, "b d h w -> b (h w) d") + self.position
+        for i, block in enumerate(self.encoder):
             patches = block(patches, self.positions)
-        answers = []
-        for task_token in self.task_tokens:
-            token = repeat(task_token, "1 1 d -> b 1 d", b=len(images))
-            for block in self.decoder:
-                token = block(token, patches)
-            answers.append(rearrange(token, "b 1 d -> b d"))
-        logits = torch.cat([head(answer) for head, answer in zip(self.heads, answers, strict=True)], dim=1)
-        taps = {"task_embeddings": torch.stack(answers)}
-        if self.divergence is not None:
-            taps["divergence"] = self.divergence(answers[-1])
-        return Outputs(logits, embedding=answers[-1], taps=taps)
+            if maps is not None:
+                patches = maps.pass_on(i, patches, (cut.shape[2], cut.shape[3]))
+        return patches
+
+    def decode(self, patches: Float[Tensor, "batch patches width"]) -> Float[Tensor, "batch tasks width"]:
+        """The answers to all task tokens."""
+        tasks = torch.cat(list(self.task_tokens), dim=1)
+        for block in self.decoder:
+            tasks = block(tasks, patches)
+        return tasks
+
+    def classify(self, answers: Float[Tensor, "batch tasks width"]) -> Float[Tensor, "batch classes"]:
+        """Scores of all classes, in the order in which they were learned."""
+        return torch.cat([head(own) for head, own in zip(self.heads, answers.unbind(dim=1), strict=True)], dim=1)
+
+    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Outputs:
+        """Scores of all classes so far, the answer to the newest task token, and what is exposed."""
+        maps = self.listen()
+        answers = self.decode(self.encode(images, maps))
+        taps = {} if maps is None else maps.taps(self.classifiers())
+        return Outputs(self.classify(answers), embedding=answers[:, -1], taps=taps)

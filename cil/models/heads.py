@@ -27,12 +27,25 @@ class GrowingLinear(nn.Module):
         """Number of outputs so far."""
         return self.weight.shape[0]
 
+    @property
+    def map_weight(self) -> Float[Tensor, "outputs width"]:
+        """What class maps weight the channels by."""
+        return self.weight
+
     @torch.no_grad()
     def grow(self, num_new: int) -> None:
         """Add outputs with torch's default initialisation: uniform in $\\pm 1/\\sqrt{in}$."""
         fresh = nn.Linear(self.in_features, num_new)
         kept = self.bias if self.keep_bias else self.fresh_bias()
         self.assign(torch.cat([self.weight, fresh.weight.to(self.weight)]), torch.cat([kept, fresh.bias.to(self.bias)]))
+
+    @torch.no_grad()
+    def widen(self, num_added: int) -> None:
+        """Read more features, behind those it reads; what they count for is drawn as torch does for that width."""
+        self.in_features += num_added
+        bound = self.in_features**-0.5
+        fresh = torch.empty(self.out_features, num_added).uniform_(-bound, bound).to(self.weight)
+        self.assign(torch.cat([self.weight, fresh], dim=1), self.bias)
 
     def fresh_bias(self) -> Float[Tensor, " outputs"]:
         """Biases as torch draws them for a new layer of this shape."""

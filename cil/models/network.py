@@ -145,6 +145,9 @@ class BackboneNetwork(Network):
         taps: Where its feature maps are.
     """
 
+    #: Path, below the backbone, of the activation whose output is pooled; None where there is none.
+    last_activation: str | None = None
+
     def __init__(
         self,
         input_shape: InputShape,
@@ -162,6 +165,16 @@ class BackboneNetwork(Network):
         """Where its feature maps are."""
         return self._taps
 
+    def taps(self) -> list[str]:
+        """Names of what `expose` can add; class maps only where the head has one vector for each class."""
+        found = super().taps()
+        return found if self.head.map_weight is not None else [name for name in found if name != "class_maps"]
+
+    def drop_last_activation(self) -> None:
+        """Let features have both signs: take away the activation before the pool, where there is one."""
+        if self.last_activation is not None:
+            self.backbone.set_submodule(self.last_activation, nn.Identity())
+
     def _grow(self, num_new: int) -> None:
         self.head.grow(num_new)
 
@@ -177,5 +190,5 @@ class BackboneNetwork(Network):
             embedding = self.backbone(images)
             found = dict(taps)
         if "class_maps" in self.exposed:
-            found["class_maps"] = class_maps(found["last"], self.head.weight)
+            found["class_maps"] = class_maps(found["last"], self.head.map_weight)
         return Outputs(self.head(embedding), embedding, {name: found[name] for name in self.exposed})

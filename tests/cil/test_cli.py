@@ -140,7 +140,7 @@ def test_a_wrong_value_is_refused_saying_what_would_be_right(refuse: Refuse, ove
             ["learner=finetune", "kd=kd"],
             "kd=kd has nothing to learn from with learner=finetune: it keeps no old network",
         ),
-        (["learner=replay", "kd=kd"], "Use learner=dkt or dkt_official"),
+        (["learner=finetune", "kd=kd"], "Use learner=lwf or bic or der, or kd=none"),
         (["learner=joint", "kd=[dkt,kd]"], "kd=dkt+kd has nothing to learn from with learner=joint"),
         (["learner=dkt", "model=resnet32"], "learner=dkt needs the network with a token pool, found ResNetCifar"),
         (["learner=replay", "memory.size=0"], "learner=replay replays exemplars and memory.size is 0"),

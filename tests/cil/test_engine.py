@@ -151,9 +151,8 @@ def test_the_state_is_everything_a_fresh_engine_needs(make_engine: MakeEngine, t
     engine.run()
     state = checkpoint.load_state(engine.folder, torch.device("cpu"))
     assert state is not None
-    assert state.keys() == {
-        *("format", "position", "structure", "learner", "training", "memory", "history", "seconds", "log_position")
-    }
+    parts = "format position structure learner training carried memory history seconds log_position"
+    assert state.keys() == set(parts.split())
     fresh = Engine(Run.build(engine.config), engine.log)
     fresh.restore()
     assert fresh.learner.structure() == engine.learner.structure()
@@ -257,3 +256,21 @@ def test_splitting_an_epoch_into_other_batches_drops_the_same_branches_of_the_sa
     assert run([ids[:7], ids[7:30], ids[30:]]) == whole
     assert {len(set(row)) for row in whole.values()} == {1}
     assert 0 < sum(row[0] for row in whole.values()) < 40
+
+
+def test_learners_with_exemplars_are_read_in_two_ways(make_engine: MakeEngine) -> None:
+    engine = make_engine("optim.epochs=1", "evaluation.nearest_mean=true", learner="replay")
+    report = engine.run()
+    both = report["accuracy_by"]
+    assert list(both) == ["classifier", "nearest_mean"]
+    assert both["classifier"]["after"] == report["accuracy_after"]
+    assert both["classifier"]["last"] == report["last_accuracy"]
+    assert [len(way["after"]) for way in both.values()] == [3, 3]
+    assert both["nearest_mean"]["after"] != both["classifier"]["after"]
+    assert report["exemplar_bytes"] == 24 * 8 * 8
+    assert report["model_bytes"] == 4 * report["num_parameters"]
+
+
+def test_without_exemplars_there_is_one_way_to_read(make_engine: MakeEngine) -> None:
+    report = make_engine("optim.epochs=1", learner="finetune").run()
+    assert list(report["accuracy_by"]) == ["classifier"]

@@ -136,3 +136,18 @@ def test_a_network_without_embedding_cannot_choose_exemplars(learner: Learner, i
     silent.network.grow(2)
     with pytest.raises(ValueError, match="Silent gives no embedding to choose exemplars by"):
         reader().features(silent, images, torch.arange(4))
+
+
+def test_the_nearest_mean_is_that_of_the_normalised_features(
+    learner: Learner, images: ImageSet, labels: Tensor
+) -> None:
+    ids = torch.nonzero((labels >= 0) & (labels < 6)).flatten()
+    exemplars = ids[::2]
+    means = reader().class_means(learner, images, exemplars, labels[exemplars])
+    features = torch.nn.functional.normalize(images.images[:, 0, 0].float() / 255)
+    by_hand = torch.stack([features[exemplars][labels[exemplars] == label].mean(0) for label in range(6)])
+    torch.testing.assert_close(means, torch.nn.functional.normalize(by_hand))
+    counts = reader().count(learner, images, labels, (3, 1, 2), means)
+    nearest = torch.cdist(features[ids], means).argmin(dim=1)
+    assert sum(counts.correct) == int((nearest == labels[ids]).sum())
+    assert sum(counts.num_images) == len(ids)

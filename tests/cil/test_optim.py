@@ -11,7 +11,18 @@ from pydantic import ValidationError
 from torch import nn
 
 from cil.models.dkt import DKTNetwork
-from cil.optim import Recipe, Sampling, Schedule, learning_rates, make_optimizer, set_learning_rate
+from cil.optim import (
+    Recipe,
+    Sampling,
+    Schedule,
+    learning_rates,
+    make_optimizer,
+    set_learning_rate,
+    state_by_name,
+    take_state,
+)
+from kd import DOT
+from kd.optim.dot import BUFFERS
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "dkt.npz"
 CURVES = ["constant", "cosine", "multistep", "poly", "step", "tanh"]
@@ -195,3 +206,50 @@ def test_the_optimiser_starts_at_the_peak_and_the_rate_can_be_set_for_all_groups
 def test_an_unknown_optimiser_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(ValidationError, match="unknown optimizer 'adamww'; did you mean 'adamw'"):
         Recipe(optimizer="adamww")
+
+
+def grown(layer: nn.Linear, num_new: int) -> nn.Sequential:
+    wider = nn.Linear(layer.in_features, layer.out_features + num_new)
+    return nn.Sequential(wider, nn.BatchNorm1d(wider.out_features))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "dot"])
+def test_the_state_of_an_optimiser_follows_grown_parameters(optimizer: str) -> None:
+    betas = {"sgd": {"momentum": 0.9}, "dot": {"momentum": 0.9}}.get(optimizer, {})
+    recipe = Recipe(optimizer=optimizer, lr=0.1, lr_reference_batch=None, **betas)
+    before = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    old = make_optimizer(before, recipe)
+    loss = before(torch.rand(5, 3)).square().mean()
+    if isinstance(old, DOT):
+        old.backward(loss, before(torch.rand(5, 3)).exp().mean())
+    else:
+        loss.backward()
+    old.step()
+    carried = state_by_name(old, before)
+    after = grown(before[0], 4)
+    new = make_optimizer(after, recipe)
+    take_state(new, after, carried, fresh=["1."])
+    keys = {"sgd": {"momentum_buffer"}, "dot": set(BUFFERS)}.get(optimizer, {"exp_avg", "exp_avg_sq", "step"})
+    state = new.state[after[0].weight]
+    assert state.keys() == keys
+    for key, value in state.items():
+        known = carried["0.weight"][key]
+        if key == "step":
+            assert value == known
+            continue
+        assert value.shape == after[0].weight.shape
+        assert value[:2].equal(known)
+        assert not value[2:].any()
+    anew = new.state.get(after[1].weight, {})  # with no momentum; the fused SGD wants to be told
+    assert not any(value.any() for value in anew.values())
+    after(torch.rand(5, 3)).square().mean().backward()
+    if not isinstance(new, DOT):
+        new.step()
+        assert torch.isfinite(after[0].weight).all()
+
+
+def test_state_goes_on_by_itself_with_dot_only() -> None:
+    assert Recipe(optimizer="dot").carries_state
+    assert not Recipe(optimizer="sgd").carries_state
+    assert Recipe(optimizer="sgd", carry_state=True).carries_state
+    assert not Recipe(optimizer="dot", carry_state=False).carries_state

@@ -13,6 +13,7 @@ Maps = Float[Tensor, "batch channels height width"]
 
 _STEM_WIDTH = 32
 _LAST_WIDTH = 1280
+_LAST_ACTIVATION = "last.2"  # behind a convolution and BatchNorm
 _FIRST_EXPANSION = 1
 #: Channels, blocks and stride of the groups of every stage.
 _STAGES = (
@@ -131,3 +132,4 @@ class MobileNetV2(BackboneNetwork):
         taps = TapPaths.of_backbone(stem="stem", post=stages, pre=[], last="last")
         backbone = MobileNetV2Backbone(input_shape[0], width_factor, expansion)
         super().__init__(input_shape, backbone, last_width(width_factor), keep_bias, taps)
+        self.last_activation = _LAST_ACTIVATION

@@ -93,3 +93,4 @@ class ResNet(BackboneNetwork):
         taps = TapPaths.of_backbone(stem="act", post=stages, pre=pre, last=stages[-1])
         backbone = ResNetBackbone(input_shape[0], depth)
         super().__init__(input_shape, backbone, expansion * _WIDTHS[-1], keep_bias, taps)
+        self.last_activation = pre[-1]

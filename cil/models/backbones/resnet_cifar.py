@@ -180,3 +180,4 @@ class ResNetCifar(BackboneNetwork):
         pre = [f"{stage}.{count - 1}.act2" for stage, count in zip(stages, blocks, strict=True)]
         taps = TapPaths.of_backbone(stem="act", post=stages, pre=pre, last=stages[-1])
         super().__init__(input_shape, backbone, 4 * width, keep_bias, taps)
+        self.last_activation = pre[-1]

@@ -83,3 +83,4 @@ class ShuffleNetV1(BackboneNetwork):
         pre = [f"{stage}.{num_blocks - 1}.act3" for stage, num_blocks in zip(stages, _NUM_BLOCKS, strict=True)]
         taps = TapPaths.of_backbone(stem="act", post=stages, pre=pre, last=stages[-1])
         super().__init__(input_shape, ShuffleNetV1Backbone(input_shape[0]), _WIDTHS[-1], keep_bias, taps)
+        self.last_activation = pre[-1]

@@ -12,6 +12,7 @@ _STEM_WIDTH = 24
 _WIDTHS = (116, 232, 464)
 _NUM_BLOCKS = (4, 8, 4)  # the first of a stage halves the maps
 _LAST_WIDTH = 1024
+_LAST_ACTIVATION = "last.2"  # behind a convolution and BatchNorm
 
 
 def _pointwise(before: int, after: int) -> list[nn.Module]:
@@ -125,3 +126,4 @@ class ShuffleNetV2(BackboneNetwork):
         pre = [f"{stage}.{num_blocks - 1}.join.act" for stage, num_blocks in zip(stages, _NUM_BLOCKS, strict=True)]
         taps = TapPaths.of_backbone(stem="stem", post=stages, pre=pre, last="last")
         super().__init__(input_shape, ShuffleNetV2Backbone(input_shape[0]), _LAST_WIDTH, keep_bias, taps)
+        self.last_activation = _LAST_ACTIVATION

@@ -5,12 +5,15 @@ from typing import Annotated, Any
 
 import timm
 import torch
+from jaxtyping import Float
 from pydantic import Field
-from timm.models import get_pretrained_cfg
+from timm.models import VisionTransformer, get_pretrained_cfg
 from torch import Tensor, nn
 
 from cil.models.network import BackboneNetwork, InputShape, TapPaths, models
 from cil.models.noise import key_by_sample
+from cil.models.patches import PatchMaps, block_taps
+from kd import Outputs
 from kd.connect import held_still
 from kd.registry import unknown
 
@@ -18,6 +21,9 @@ from kd.registry import unknown
 @models.register("timm")
 class TimmNetwork(BackboneNetwork):
     """A network by its timm name without its classifier, and one linear head; what drops at random does so per sample.
+
+    A `VisionTransformer` (ViT, DeiT) can say its patch tokens behind every block as maps, by the names of
+    `PatchNetwork` but without "class_maps": a variant of this project. Other transformers say no maps.
 
     Args:
         input_shape: Channels, height and width of an image.
@@ -61,13 +67,50 @@ class TimmNetwork(BackboneNetwork):
         if embedding.ndim != 2:
             raise ValueError(f"timm's {architecture} gives {tuple(embedding.shape)} instead of one vector per image")
         super().__init__(input_shape, key_by_sample(backbone), embedding.shape[1], keep_bias)
+        self._paths: TapPaths | None = None
+        if isinstance(backbone, timm.models.ResNet):  # what the others have before the pool has no common name
+            paths = [path for path, _ in backbone.named_modules() if re.fullmatch(r"layer4\.\d+\.act\d", path)]
+            self.last_activation = paths[-1]
 
     def tap_paths(self) -> TapPaths:
         """The levels that timm names and that are maps, and "last" where the embedding is the mean of a map.
 
         The first level is the stem where it is named otherwise than the second: `act1` before `layer1`, but not
-        `stages.0` before `stages.1`. A transformer, whose levels are tokens, has no taps.
+        `stages.0` before `stages.1`. A transformer, whose levels are tokens, has none.
         """
+        if self._paths is None:
+            self._paths = self._find_paths()
+        return self._paths
+
+    def taps(self) -> list[str]:
+        """Names of what `expose` can add."""
+        return block_taps(len(self.backbone.blocks)) if isinstance(self.backbone, VisionTransformer) else super().taps()
+
+    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Outputs:
+        """Scores of all classes so far, the embedding before the head, and what is exposed."""
+        if not self.exposed or not isinstance(self.backbone, VisionTransformer):
+            return super().forward(images)
+        maps = PatchMaps(self.exposed, len(self.backbone.blocks))
+        handles = [block.register_forward_hook(self._passing(i, maps)) for i, block in enumerate(self.backbone.blocks)]
+        try:
+            embedding = self.backbone(images)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return Outputs(self.head(embedding), embedding, maps.taps([]))
+
+    def _passing(self, index: int, maps: PatchMaps) -> Any:
+        """A hook that lets the patch tokens of a block pass `maps`; tokens before them (class, register) pass by."""
+        assert isinstance(self.backbone, VisionTransformer)
+        grid, num_before = self.backbone.patch_embed.grid_size, self.backbone.num_prefix_tokens
+
+        def hook(module: nn.Module, inputs: tuple[Any, ...], tokens: Tensor) -> Tensor:
+            patches = maps.pass_on(index, tokens[:, num_before:], grid)
+            return torch.cat([tokens[:, :num_before], patches], dim=1)
+
+        return hook
+
+    def _find_paths(self) -> TapPaths:
         modules = dict(self.backbone.named_modules())
         widths = {level["module"]: level["num_chs"] for level in getattr(self.backbone, "feature_info", [])}
         pools = [path for path in modules if path.rpartition(".")[2] == "global_pool"]

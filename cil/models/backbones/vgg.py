@@ -82,3 +82,4 @@ class VGG(BackboneNetwork):
         pre = [f"{stage}.{_LAYERS_PER_CONVOLUTION * count}" for stage, count in zip(stages, counts[1:], strict=True)]
         taps = TapPaths.of_backbone(stem="stem", post=stages, pre=pre, last=stages[-1])
         super().__init__(input_shape, VGGBackbone(input_shape, counts), _WIDTHS[-1], keep_bias, taps)
+        self.last_activation = pre[-1]

@@ -107,3 +107,4 @@ class WideResNet(BackboneNetwork):
         taps = TapPaths.of_backbone(stem="conv", post=stages, pre=pre, last="act")
         backbone = WideResNetBackbone(input_shape[0], widening, num_blocks)
         super().__init__(input_shape, backbone, 4 * widening * _STEM_WIDTH, keep_bias, taps)
+        self.last_activation = pre[-1]

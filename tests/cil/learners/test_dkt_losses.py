@@ -102,11 +102,26 @@ def test_the_divergence_head_learns_old_as_its_first_class():
 
 def test_dytox_adds_divergence_to_base_and_distillation():
     student, teacher = outputs(0, NUM_CLASSES), outputs(1, NUM_OLD)
-    student.taps["divergence"] = outputs(2, 1 + NUM_CLASSES - NUM_OLD).logits
+    scores = outputs(2, 1 + NUM_CLASSES - NUM_OLD).logits
     distillation = WeightedSum({"kd": (2.0, KD())})
-    found = dytox_losses(student, teacher, BATCH, distillation=distillation, divergence_weight=0.1)
-    assert list(found) == ["bce", "kd", "divergence"]
-    expected = 0.1 * divergence_loss(student.taps["divergence"], LABELS, NUM_OLD)
-    torch.testing.assert_close(found["divergence"], expected)
-    alone = dytox_losses(student, None, BATCH, distillation=distillation, divergence_weight=0.1)
-    assert list(alone) == ["bce"]
+
+    def found(teacher: Outputs | None, divergence: torch.Tensor | None, **changed: object) -> dict[str, torch.Tensor]:
+        return dytox_losses(
+            student,
+            teacher,
+            BATCH,
+            distillation=distillation,
+            divergence=divergence,
+            divergence_weight=0.1,
+            **changed,  # type: ignore[arg-type]
+        )
+
+    terms = found(teacher, scores)
+    assert list(terms) == ["bce", "kd", "divergence"]
+    torch.testing.assert_close(terms["divergence"], 0.1 * divergence_loss(scores, LABELS, NUM_OLD))
+    assert list(found(None, scores)) == ["bce", "divergence"]
+    assert list(found(None, None)) == ["bce"]
+    summed = found(teacher, scores, base_reduction="batchmean")
+    torch.testing.assert_close(summed["bce"], NUM_CLASSES * terms["bce"])
+    torch.testing.assert_close(summed["divergence"], (1 + NUM_CLASSES - NUM_OLD) * terms["divergence"])
+    assert summed["kd"].equal(terms["kd"])

@@ -1,5 +1,8 @@
 import pytest
 import torch
+from einops import rearrange, repeat
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from cil.models.dytox import GPSA, DyToxNetwork, relative_positions
 from cil.models.network import InputShape
@@ -18,17 +21,85 @@ def images(count: int = 4, shape: InputShape = (3, 16, 16)) -> torch.Tensor:
     return torch.randn(count, *shape, generator=torch.Generator().manual_seed(1))
 
 
-def test_every_task_has_a_token_a_classifier_and_an_embedding():
-    outputs = tiny(4, 1, 3)(images())
+def test_every_task_has_a_token_a_classifier_and_an_answer():
+    network = tiny(4, 1, 3).eval()
+    outputs, answers = network(images()), network.decode(network.encode(images()))
     assert outputs.logits.shape == (4, 8)
-    assert outputs.taps["task_embeddings"].shape == (3, 4, 24)
+    assert answers.shape == (4, 3, 24)
     assert outputs.embedding is not None
-    assert torch.equal(outputs.embedding, outputs.taps["task_embeddings"][-1])
+    assert torch.equal(outputs.embedding, answers[:, -1])
+    assert outputs.taps == {}
 
 
-def test_the_divergence_head_tells_old_from_each_new_class():
-    assert "divergence" not in tiny(4)(images()).taps
-    assert tiny(4, 1, 3)(images()).taps["divergence"].shape == (4, 1 + 3)
+@pytest.mark.parametrize("decoder_depth", [1, 2])
+def test_decoding_all_tasks_at_once_is_decoding_each_alone_over_one_sequence(decoder_depth):
+    """As published: a pass for each task over [token, patches], in which the token asks, layer by layer."""
+    network = tiny(2, 2, 2, decoder_depth=decoder_depth).double().eval()
+    patches = network.encode(images().double())
+    expected = []
+    for token in network.task_tokens:
+        answer = repeat(token, "1 1 d -> b 1 d", b=len(patches))
+        for block in network.decoder:
+            sequence = block.norm1(torch.cat([answer, patches], dim=1))
+            q, k, v = (
+                rearrange(layer(x), "b n (head d) -> b head n d", head=4)
+                for layer, x in (
+                    (block.attention.q, sequence[:, :1]),
+                    (block.attention.k, sequence),
+                    (block.attention.v, sequence),
+                )
+            )
+            asked = rearrange(nn.functional.scaled_dot_product_attention(q, k, v), "b head n d -> b n (head d)")
+            answer = answer + block.attention.proj(asked)
+            answer = answer + block.mlp(block.norm2(answer))
+        expected.append(answer)
+    torch.testing.assert_close(network.decode(patches), torch.cat(expected, dim=1), rtol=0, atol=1e-12)
+
+
+def test_no_task_token_sees_another():
+    network = tiny(2, 2, 2, decoder_depth=2).eval()
+    patches = network.encode(images())
+    before = network.decode(patches)
+    with torch.no_grad():
+        network.task_tokens[1].add_(1 + torch.arange(24))
+    after = network.decode(patches)
+    assert torch.equal(after[:, [0, 2]], before[:, [0, 2]])
+    assert (after[:, 1] - before[:, 1]).abs().max() > 1e-2
+
+
+def test_the_divergence_head_tells_old_from_each_new_class_and_begins_anew_with_every_task():
+    assert tiny(4).divergence is None
+    network = tiny(4, 1)
+    first = network.divergence
+    network.grow(3)
+    assert network.divergence is not first
+    assert network.divergence(torch.randn(4, 24)).shape == (4, 1 + 3)
+    assert [name for name, _ in network.named_parameters() if name.startswith(network.fresh_parts)] == [
+        f"divergence.{name}" for name in ("norm.weight", "norm.bias", "head.weight", "head.bias")
+    ]
+
+
+def test_the_cost_of_the_decoder_grows_with_the_tokens_and_not_with_the_patches_of_every_task():
+    """Multiply-adds beside the encoder: 20.7 million for one task, 37 for ten, as with a cache of keys and values."""
+    counts = []
+    with torch.device("meta"):
+        for num_tasks in (1, 10):
+            network = DyToxNetwork((3, 32, 32)).eval()
+            for _ in range(num_tasks):
+                network.grow(1)
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                network.decode(torch.zeros(1, 64, 384))
+            counts.append(counter.get_total_flops() / 2e6)
+    assert counts == pytest.approx([20.7, 37], rel=0.02)
+
+
+def test_parameters_are_as_many_as_in_the_paper():
+    """10.73 million after ten tasks of ten classes, without the divergence head, which only trains."""
+    network = DyToxNetwork((3, 32, 32))
+    for _ in range(10):
+        network.grow(10)
+    count = sum(p.numel() for name, p in network.named_parameters() if not name.startswith("divergence."))
+    assert count == pytest.approx(10.73e6, rel=2e-3)
 
 
 def test_growing_changes_no_old_score():
