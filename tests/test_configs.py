@@ -42,10 +42,8 @@ COMPANIONS = {
     ("model", "timm"): ["learner=replay"],
     ("kd", "mld2"): ["data.strong={flip: {}}"],
     ("learner", "dytox"): ["model=dytox_tiny"],
-    **{
-        ("learner", name): ["model=resnet32"]
-        for name in ("bic", "der", "ewc", "foster", "lucir", "memo", "podnet", "wa")
-    },
+    ("learner", "bic"): ["model=resnet32", "memory.size=200"],
+    **{("learner", name): ["model=resnet32"] for name in ("der", "ewc", "foster", "lucir", "memo", "podnet", "wa")},
 }
 #: Learners whose file names a distillation term of their own.
 WITH_A_TERM = {"bic", "dkt", "dkt_digits", "dkt_official", "dytox", "foster", "icarl", "lwf", "wa"}

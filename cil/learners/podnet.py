@@ -181,7 +181,7 @@ class PODNet(Learner):
             if not self.stages:
                 raise ValueError(
                     "learner=podnet compares the feature maps of the stages of a network, and this "
-                    f"{type(network).__name__} has none, as is so of some transformers: use one such as model=resnet32, "
+                    f"{type(network).__name__} has none, like some transformers: use one such as model=resnet32, "
                     "or learner.pod_spatial=0 for POD-flat alone, or name a kd that reads no maps"
                 )
 

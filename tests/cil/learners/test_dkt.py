@@ -248,7 +248,8 @@ def test_a_fresh_learner_is_rebuilt_with_its_teacher() -> None:
 def test_between_tasks_there_is_no_teacher_to_rebuild() -> None:
     learner, stage = begun(2, 2)
     learner.end_stage(stage)
-    assert learner.structure() == {"network": {"task_sizes": [2, 2]}, "teacher": None}
+    structure = learner.structure()
+    assert (structure["network"], structure["teacher"]) == ({"task_sizes": [2, 2]}, None)
     fresh = learner_of()
     fresh.rebuild(learner.structure())
     assert fresh.teacher is None

@@ -213,6 +213,7 @@ def test_what_the_old_network_says_is_read_off_the_grown_one() -> None:
     assert found.logits.equal(expected.logits)
     assert found.embedding.equal(expected.embedding)
     assert not found.logits.requires_grad
+    assert not found.embedding.requires_grad
     said = later(images())
     said.views = {"strong": said}
     assert old.read_off(said) is None
