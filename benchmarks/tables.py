@@ -1,19 +1,19 @@
 """Makes the result tables of docs/results.md: `python -m benchmarks.tables NAME`; `--help` says which there are.
 
 Runs what is missing, one run after another, and prints a Markdown table of what is there; the same command again goes
-on where it was stopped. `--print` only prints.
+on where it was stopped. What finished runs came to is kept in `benchmarks/records`, so that a table can be made in
+several sittings and on several machines; `--again` trains the rows anew. `--print` only prints.
 """
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
-from typing import Any
 
+from benchmarks import records
+from benchmarks.records import Record
 from cil.cli import compose
 from cil.cli import main as run
-from cil.events import read_events
 
 #: Learner to its published milestones, scaled to 8 epochs, and weight decay; those with a cosine have none.
 CONVOLUTIONAL: dict[str, list[str]] = {
@@ -44,9 +44,9 @@ def percent(values: list[float | None]) -> str:
     return ", ".join("-" if value is None else f"{100 * value:.1f}" for value in values)
 
 
-def by_means(metrics: dict[str, Any]) -> str:
+def by_means(record: Record) -> str:
     """Average and last accuracy of both ways to read a learner with exemplars."""
-    both = metrics["accuracy_by"]
+    both = record["accuracy_by"]
     if "nearest_mean" not in both:
         return "-"
     return "; ".join(
@@ -54,29 +54,23 @@ def by_means(metrics: dict[str, Any]) -> str:
     )
 
 
-def row(folder: Path) -> str:
+def row(name: str, record: Record) -> str:
     """One run as a line of the table."""
-    metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
-    events = read_events(folder / "events.jsonl")
-    stages = [event for event in events if event["event"] == "stage_finished"]
-    rate = statistics.median(
-        event["images_per_second"] for event in events if event.get("phase") == "training" and event["event"] == "epoch"
-    )
     cells = [
-        folder.name + ("" if metrics["finished"] else " (unfinished)"),
-        percent(metrics["accuracy_after"]),
-        percent(metrics["accuracy_before_finetuning"]),
-        percent([metrics["average_incremental_accuracy"]]),
-        percent([metrics["last_accuracy"]]),
-        by_means(metrics),
-        percent([metrics["forgetting"]]),
-        percent(metrics["accuracy_matrix"][-1]),
-        f"{metrics['num_parameters']:,}".replace(",", " "),
-        f"{metrics['exemplar_bytes'] / 2**20:.2f}",
-        f"{metrics['views_trained']:,}".replace(",", " "),
-        f"{rate:.0f}",
-        f"{metrics['wall_seconds'] / 60:.1f}",
-        f"{max(event['peak_resident_bytes'] for event in stages) / 2**30:.1f}",
+        name,
+        percent(record["accuracy_after"]),
+        percent(record["accuracy_before_finetuning"]),
+        percent([record["average_incremental_accuracy"]]),
+        percent([record["last_accuracy"]]),
+        by_means(record),
+        percent([record["forgetting"]]),
+        percent(record["accuracy_matrix"][-1]),
+        f"{record['num_parameters']:,}".replace(",", " "),
+        f"{record['exemplar_bytes'] / 2**20:.2f}",
+        f"{record['views_trained']:,}".replace(",", " "),
+        f"{record['median_images_per_second']:.0f}",
+        f"{record['wall_seconds'] / 60:.1f}",
+        f"{record['peak_resident_bytes'] / 2**30:.1f}",
     ]
     return "| " + " | ".join(cells) + " |"
 
@@ -126,39 +120,30 @@ def distillation_runs(runs_dir: Path) -> list[list[str]]:
     return runs
 
 
-def distillation_table(runs_dir: Path) -> str:
+def distillation_table(records: dict[str, Record]) -> str:
     """The finished students in Markdown."""
-
-    def read(name: str) -> dict[str, Any] | None:
-        path = runs_dir / f"{KD_TABLE}-{name}" / "metrics.json"
-        metrics = json.loads(path.read_text()) if path.exists() else None
-        return metrics if metrics is not None and metrics["finished"] else None
-
     lines = []
-    teacher = read("teacher")
-    if teacher is not None:
+    if (teacher := records.get(TEACHER)) is not None:
         lines.append(f"Teacher: {100 * teacher['last_accuracy']:.2f} %, {teacher['wall_seconds'] / 60:.0f} minutes.\n")
     lines.append(KD_HEADER)
     plain: float | None = None
     for name in METHODS:
-        runs = [found for seed in range(3) if (found := read(f"{name}-seed{seed}")) is not None]
+        names = [f"{KD_TABLE}-{name}-seed{seed}" for seed in range(3)]
+        runs = [records[run] for run in names if run in records]
         if not runs:
             continue
         accuracies = [100 * run["last_accuracy"] for run in runs]
         mean = statistics.mean(accuracies)
         plain = mean if name == "plain" else plain
-        events = read_events(runs_dir / runs[0]["name"] / "events.jsonl")
-        rates = [event["images_per_second"] for event in events if event["event"] == "epoch"]
-        adapters = max(event.get("num_auxiliary", 0) for event in events if event["event"] == "stage_started")
         cells = [
             name,
             ", ".join(f"{accuracy:.2f}" for accuracy in accuracies),
             f"{mean:.2f}",
             f"{statistics.stdev(accuracies):.2f}" if len(accuracies) > 1 else "-",
             "-" if plain is None or name == "plain" else f"{mean - plain:+.2f}",
-            f"{adapters:,}".replace(",", " "),
-            f"{statistics.median(rates):.0f}",
-            f"{statistics.mean(run['wall_seconds'] for run in runs) / 60:.1f}",
+            f"{runs[0]['num_auxiliary']:,}".replace(",", " "),
+            f"{statistics.median(run['median_images_per_second'] for run in runs):.0f}",
+            f"{statistics.median(run['wall_seconds'] for run in runs) / 60:.1f}",
         ]
         if len(runs[0]["networks"]) > 1:
             stages = ", ".join(f"{100 * accuracy:.2f}" for accuracy in runs[0]["accuracy_after"])
@@ -168,16 +153,27 @@ def distillation_table(runs_dir: Path) -> str:
     return "\n".join(lines)
 
 
-def make_distillation_table(runs_dir: Path, rows: list[str] | None, *, train: bool) -> int:
-    """Run what is missing, one student after another; print what is there."""
+def make(table: str, runs_dir: Path, rows: list[str] | None, *, again: bool) -> int:
+    """Train what has no record, one run after another; returns an exit code that is 0 if all are there."""
+    static = table == KD_TABLE
+    asked = distillation_runs(runs_dir) if static else [[*words, f"runs_dir={runs_dir}"] for words in TABLES[table]]
+    program = {"program": "distill.py", "config_name": "distill"} if static else {}
+    left = {name for name in records.read(table) if not again}
     failed = 0
-    for overrides in distillation_runs(runs_dir) if train else ():
-        row = overrides[-1].removeprefix(f"name={KD_TABLE}-").partition("-seed")[0]
-        if rows is not None and row not in rows:
-            continue
-        failed |= run(overrides, program="distill.py", config_name="distill")
-    print(distillation_table(runs_dir))
+    for words in asked:
+        name = compose(words, program.get("config_name", "train_incremental"))["name"]
+        chosen = rows is None or any(part in rows for part in (name, row_of(name)))
+        # the teacher itself is needed by every student that is still to be trained
+        needed = name == TEACHER and any(other[-1].removeprefix("name=") not in left for other in asked)
+        if chosen and (name not in left or needed):
+            failed |= run(words, **program)
+            records.keep(table, runs_dir / name)
     return failed
+
+
+def row_of(name: str) -> str:
+    """The row of the distillation table that a run belongs to."""
+    return name.removeprefix(f"{KD_TABLE}-").partition("-seed")[0]
 
 
 def main() -> int:
@@ -185,20 +181,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=__doc__)
     parser.add_argument("table", choices=sorted([*TABLES, KD_TABLE]))
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"))
-    parser.add_argument("--rows", nargs="+", help="make these rows of cifar100_kd only, such as: teacher plain kd+dot")
+    parser.add_argument("--rows", nargs="+", help="make these only: names of runs, or rows such as teacher, kd+dot")
+    parser.add_argument("--again", action="store_true", help="train rows that have a record too")
     parser.add_argument("--print", action="store_true", help="train nothing")
     arguments = parser.parse_args()
-    if arguments.table == KD_TABLE:
-        return make_distillation_table(arguments.runs_dir, arguments.rows, train=not arguments.print)
     failed = 0
-    for overrides in TABLES[arguments.table]:
-        if not arguments.print:
-            failed |= run([*overrides, f"runs_dir={arguments.runs_dir}"])
-    folders = [arguments.runs_dir / compose(overrides)["name"] for overrides in TABLES[arguments.table]]
+    if not arguments.print:
+        failed = make(arguments.table, arguments.runs_dir, arguments.rows, again=arguments.again)
+    found = records.read(arguments.table)
+    if arguments.table == KD_TABLE:
+        print(distillation_table(found))
+        return failed
     print(HEADER)
-    for folder in folders:
-        if (folder / "metrics.json").exists():
-            print(row(folder))
+    for words in TABLES[arguments.table]:
+        name = compose(words)["name"]
+        if name in found:
+            print(row(name, found[name]))
     return failed
 
 
