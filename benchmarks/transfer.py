@@ -74,7 +74,7 @@ def name_of(learner: str, method: str) -> str:
 
 
 def table(runs_dir: Path) -> str:
-    """What there is, in Markdown: last accuracy in per cent, or a letter for the reason of a refusal."""
+    """What there is, in Markdown: last accuracy in per cent, "yes" if it was not run, or the number of a refusal."""
     lines = [f"| learner | {' | '.join(METHODS)} |", "|---" * (len(METHODS) + 1) + "|"]
     reasons: list[str] = []
     for learner in LEARNERS:
@@ -88,7 +88,7 @@ def table(runs_dir: Path) -> str:
             elif path.exists() and (metrics := json.loads(path.read_text()))["finished"]:
                 cells.append(f"{100 * metrics['last_accuracy']:.0f}")
             else:
-                cells.append("")
+                cells.append("yes")
         lines.append(f"| {learner} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", *(f"({number}) {reason}  " for number, reason in enumerate(reasons, start=1))])
 

@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-FORMAT = 1
+FORMAT = 2
 _NETWORK = "network."
+_MEANS = "class_means"
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -59,7 +60,9 @@ def save_state(run: Path, stage: int, state: dict[str, Any]) -> None:
     write_atomically(stage_folder(run, stage) / "state.pt", lambda file: torch.save({"format": FORMAT, **state}, file))
 
 
-def save_stage(run: Path, stage: int, state: dict[str, Any], summary: dict[str, Any]) -> None:
+def save_stage(
+    run: Path, stage: int, state: dict[str, Any], summary: dict[str, Any], means: Tensor | None = None
+) -> None:
     """Save a finished stage; `state.pt` is written last and makes it count.
 
     Args:
@@ -67,6 +70,7 @@ def save_stage(run: Path, stage: int, state: dict[str, Any], summary: dict[str, 
         stage: The stage that ended.
         state: As for `save_state`; the weights of the network are taken out of `state["learner"]`.
         summary: For people and reports: plain values.
+        means: Of the classes, where the nearest one is the answer.
     """
     folder = stage_folder(run, stage)
     learner: dict[str, Tensor] = state["learner"]
@@ -75,6 +79,9 @@ def save_stage(run: Path, stage: int, state: dict[str, Any], summary: dict[str, 
     }
     rest = {name: value for name, value in learner.items() if not name.startswith(_NETWORK)}
     write_atomically(folder / "network.safetensors", lambda file: file.write(save(network)))
+    if means is not None:
+        text = save({_MEANS: means.contiguous()})
+        write_atomically(folder / f"{_MEANS}.safetensors", lambda file: file.write(text))
     write_json(folder / "stage.json", summary)
     save_state(run, stage, {**state, "learner": rest})
 
@@ -102,15 +109,28 @@ def load_state(run: Path, device: torch.device) -> dict[str, Any] | None:
     return state
 
 
+def load_means(folder: Path, device: torch.device) -> Tensor | None:
+    """The means of the classes after a finished stage; None if the answers are the scores of the network.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    path = folder / f"{_MEANS}.safetensors"
+    return _read(path, device)[_MEANS] if path.exists() else None
+
+
 def load_network(folder: Path, device: torch.device, prefix: str = "") -> dict[str, Tensor]:
     """The weights of a finished stage.
 
     Raises:
         ValueError: If the file is missing or damaged.
     """
-    path = folder / "network.safetensors"
+    weights = _read(folder / "network.safetensors", device)
+    return {prefix + name: value for name, value in weights.items()}
+
+
+def _read(path: Path, device: torch.device) -> dict[str, Tensor]:
     try:
-        weights = load_file(path, device=str(device))
+        return dict(load_file(path, device=str(device)))
     except Exception as error:  # the reader has no common base class of its errors
         raise ValueError(f"{path}: missing or damaged ({error})") from error
-    return {prefix + name: value for name, value in weights.items()}

@@ -70,6 +70,8 @@ class Engine:
         self.optimizer: torch.optim.Optimizer | None = None
         self.scaler = run.precision.scaler()
         self.saved_optimizer: dict[str, Any] | None = None
+        #: Of the classes, at the last evaluation; None if their exemplars were not all there.
+        self.means: Tensor | None = None
         #: What the optimiser of a phase knew at its end, for the phase of that name in the next stage.
         self.carried: dict[str, Carried] = {}
         self.seconds: dict[str, float] = defaultdict(float)
@@ -190,7 +192,8 @@ class Engine:
             peak_resident_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT,
         )
         if self.writes:
-            checkpoint.save_stage(self.folder, stage.index, self.state(), summary)
+            means = self.means if self.learner.read_by == "nearest_mean" else None
+            checkpoint.save_stage(self.folder, stage.index, self.state(), summary, means)
         self.parts.tell(self.progress, history, self.num_images, stage)
 
     def report(self) -> dict[str, Any]:
@@ -381,9 +384,10 @@ class Engine:
         images, labels = self.samples.eval_images, self.samples.eval_labels
         found: dict[Reading, Counts] = {}
         with self.timed("evaluation"):
-            if (means := self.class_means(stage)) is not None:
-                found["nearest_mean"] = self.reader.count(self.learner, images, labels, sizes, means)
-            if means is None or self.config.evaluation.nearest_mean:
+            self.means = self.class_means(stage)
+            if self.means is not None:
+                found["nearest_mean"] = self.reader.count(self.learner, images, labels, sizes, self.means)
+            if self.means is None or self.config.evaluation.nearest_mean:
                 found["classifier"] = self.reader.count(self.learner, images, labels, sizes)
         found = dict(sorted(found.items(), key=lambda item: item[0] != self.learner.read_by))
         counts = next(iter(found.values()))

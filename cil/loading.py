@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cil import checkpoint
@@ -15,6 +16,7 @@ from cil.data import Transform
 from cil.folder import read_yaml
 from cil.models.network import Network
 from cil.precision import resolve_device
+from kd import Outputs
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Model:
         class_labels: Their labels in the data set.
         transform: Makes its input of uint8 images.
         config: The config of the run.
+        means: Of the classes, normalised, where the nearest one is the answer (`learner=icarl`); else None.
     """
 
     network: Network
@@ -34,10 +37,11 @@ class Model:
     class_labels: tuple[int, ...]
     transform: Transform
     config: RunConfig
+    means: Tensor | None = None
 
     @torch.inference_mode()
     def logits(self, images: np.ndarray | Tensor) -> Tensor:
-        """Scores of all known classes.
+        """Scores of all known classes: those of the head, or how near the means of the classes are.
 
         Args:
             images: uint8, [batch, channels, height, width].
@@ -52,8 +56,11 @@ class Model:
                 f"found {images.dtype} {list(images.shape)}"
             )
         weights = next(self.network.parameters())
-        scores: Tensor = self.network(self.transform.test(images.to(weights.device)).to(weights.dtype)).logits
-        return scores
+        outputs: Outputs = self.network(self.transform.test(images.to(weights.device)).to(weights.dtype))
+        if self.means is None:
+            return outputs.logits
+        assert outputs.embedding is not None
+        return F.normalize(outputs.embedding) @ self.means.to(outputs.embedding).T
 
     def predict(self, images: np.ndarray | Tensor) -> list[str]:
         """Names of the most likely classes."""
@@ -86,4 +93,5 @@ def load(run: str | Path, stage: int | None = None, device: str = "cpu") -> Mode
     where = resolve_device(device)
     network.load_state_dict(checkpoint.load_network(place, where))
     transform = Transform([], tuple(info["mean"]), tuple(info["std"]))
-    return Model(network.to(where).eval(), tuple(info["class_names"]), tuple(info["class_labels"]), transform, config)
+    names, labels = tuple(info["class_names"]), tuple(info["class_labels"])
+    return Model(network.to(where).eval(), names, labels, transform, config, checkpoint.load_means(place, where))

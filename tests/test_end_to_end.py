@@ -120,12 +120,15 @@ def test_the_memory_never_exceeds_its_size(finished: Path, learner: str) -> None
         assert metrics_of(finished)["exemplars"] == [0, 0, 0]
         assert updates == []
         return
-    assert metrics_of(finished)["exemplars"] == [24, 24, 24]
-    assert [(event["num_exemplars"], event["per_class"]) for event in updates] == [(24, 12), (24, 6), (24, 4)]
+    size = config_of(finished).memory.size
+    quotas = [size // 2, size // 4, size // 6]
+    kept = [2 * quotas[0], 4 * quotas[1], 6 * quotas[2]]
+    assert metrics_of(finished)["exemplars"] == kept
+    assert [(event["num_exemplars"], event["per_class"]) for event in updates] == list(zip(kept, quotas, strict=True))
     for stage in range(3):
         exemplars = json.loads((finished / f"stage_{stage:03}" / "stage.json").read_text())["exemplars"]["exemplars"]
         assert [label for label, _ in exemplars] == list(range(2 * stage + 2))
-        assert len({sample for _, ids in exemplars for sample in ids}) == 24
+        assert len({sample for _, ids in exemplars for sample in ids}) == kept[stage]
 
 
 def test_a_memory_that_does_not_divide_stays_below_its_size(run_tiny: RunTiny) -> None:
@@ -133,8 +136,10 @@ def test_a_memory_that_does_not_divide_stays_below_its_size(run_tiny: RunTiny) -
     assert metrics["exemplars"] == [6, 4, 6]
 
 
-def test_a_run_folder_holds_what_it_should_and_nothing_else(finished: Path) -> None:
-    stages = [f"stage_{stage:03}/{file}" for stage in range(3) for file in ("network.safetensors", "stage.json")]
+def test_a_run_folder_holds_what_it_should_and_nothing_else(finished: Path, learner: str) -> None:
+    means = ["class_means.safetensors"] if learner == "icarl" else []
+    files = ("network.safetensors", "stage.json", *means)
+    stages = [f"stage_{stage:03}/{file}" for stage in range(3) for file in files]
     states = [f"stage_{stage:03}/state.pt" for stage in range(3)]
     assert sorted(content_of(finished)) == sorted(
         ["config.yaml", "events.jsonl", "metrics.json", "report.html", *stages, *states]

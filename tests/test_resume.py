@@ -263,8 +263,8 @@ def test_begin_stage_does_not_run_twice(run_tiny: RunTiny, monkeypatch: pytest.M
     for call in (1, 2, 2, 3):
         with monkeypatch.context() as patch:
             interrupt(patch, checkpoint, "save_state", call, after=True, what=KeyboardInterrupt)
-            run_tiny(code=INTERRUPTED)
-    run_tiny()
+            run_tiny("kd=none", code=INTERRUPTED)  # terms would be tried on a copy before
+    run_tiny("kd=none")
     assert begun == [0, 1, 2]
 
 
@@ -283,7 +283,8 @@ def test_the_teacher_of_a_resumed_run_is_the_one_that_was_saved(
     }
     expected = {name.removeprefix("stage_001/"): v for name, v in before.items() if name.startswith("stage_001/")}
     assert_same_weights(dict(sorted(teacher.items())), dict(sorted(expected.items())))
-    assert state["structure"] == {"network": {"task_sizes": [2, 2, 2]}, "teacher": {"task_sizes": [2, 2]}}
+    assert state["structure"]["network"] == {"task_sizes": [2, 2, 2]}
+    assert state["structure"]["teacher"] == {"task_sizes": [2, 2]}
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import math
 import re
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +28,21 @@ FINETUNES = ("podnet", "dytox", "dkt")
 def test_the_matrix_has_every_learner():
     presets = {"dkt_official"}  # of another learner
     assert set(LEARNERS) == set(learners) - presets
+
+
+def test_the_documentation_prints_the_matrix():
+    text = (Path(__file__).parents[1] / "docs" / "transfer.md").read_text()
+    header = f"| learner | {' | '.join(METHODS)} |"
+    rows = text.split(header)[1].split("\n\n")[0].splitlines()[2:]
+    cells = {row.split(" | ")[0].removeprefix("| "): row.removesuffix(" |").split(" | ")[1:] for row in rows}
+    assert list(cells) == list(LEARNERS)
+    found = [
+        (learner, method)
+        for learner in cells
+        for method, cell in zip(METHODS, cells[learner], strict=True)
+        if "(" in cell
+    ]
+    assert sorted(found) == sorted(REFUSED)
 
 
 @pytest.mark.parametrize(("learner", "method"), REFUSED)

@@ -61,7 +61,7 @@ def refuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refuse:
             "kd.ofd.weight=1",
             "kd.ofd.method=ofd: unknown distillation method 'ofd'. Known: at, at_gradient, ban, cat_kd",
         ),
-        ("kd.at.weight=1", "kd.at: at reads taps, which the learners do not hand over; they have embedding, labels"),
+        ("kd=mld2", "kd.mld2 reads a second view of every image: set data.strong"),
         ("kd=null", "kd=null: unknown kd 'null'"),
         ("kd=", "kd=: unknown kd ''"),
         ("learner=[dkt,replay]", "learner=[dkt,replay]: one choice is needed; only kd takes several"),

@@ -61,7 +61,7 @@ def test_it_keeps_no_teacher_and_needs_no_memory() -> None:
     learner.begin_stage(Stage(1, range(5, 7), Recipe(), has_memory=False))
     assert learner.teacher is None
     assert (Finetune.keeps_teacher, Finetune.needs_memory) == (False, False)
-    assert learner.structure() == {"network": {"task_sizes": [3, 2, 2]}, "teacher": None}
+    assert learner.structure() == {"network": {"task_sizes": [3, 2, 2]}, "teacher": None, "connection": None}
 
 
 @pytest.mark.parametrize("logits", ["new", "all"])

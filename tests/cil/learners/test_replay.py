@@ -31,8 +31,8 @@ def test_the_loss_is_over_every_class() -> None:
     assert losses["ce"].equal(F.cross_entropy(learner.network(batch.images).logits, batch.labels))
 
 
-def test_it_is_at_a_loss_without_memory_and_keeps_no_teacher() -> None:
-    assert (Replay.needs_memory, Replay.keeps_teacher) == (True, False)
+def test_it_is_at_a_loss_without_memory_and_can_keep_a_teacher() -> None:
+    assert (Replay.needs_memory, Replay.keeps_teacher) == (True, True)
     assert learners["replay"] is Replay
 
 
