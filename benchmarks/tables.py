@@ -15,25 +15,30 @@ from benchmarks.records import Record
 from cil.cli import compose
 from cil.cli import main as run
 
-#: Learner to its published milestones, scaled to 8 epochs, and weight decay; those with a cosine have none.
+_EVERY_TASK_ALIKE = ["optim.initial_schedule=null"]
+_COSINE = ["optim.schedule.name=cosine", "optim.schedule.min_lr=0", "optim.weight_decay=5e-4", *_EVERY_TASK_ALIKE]
+#: Learner to its published milestones, scaled to 8 epochs, and weight decay.
 CONVOLUTIONAL: dict[str, list[str]] = {
     "finetune": ["optim.schedule.milestones=[4,7]"],
     "joint": ["optim.schedule.milestones=[2,5,7]", "optim.weight_decay=5e-4"],
     "replay": ["optim.schedule.milestones=[3,6]"],
     "icarl": ["optim.schedule.milestones=[4,6]"],
     "wa": ["optim.schedule.milestones=[3,5,7]"],
-    "bic": ["optim.schedule.milestones=[3,5,7]"],
-    "lucir": ["optim.schedule.milestones=[4,6]", "optim.weight_decay=5e-4"],
-    "podnet": ["optim.schedule.name=cosine", "optim.weight_decay=5e-4", "learner.finetune_epochs=1"],
+    "bic": ["optim.schedule.milestones=[3,5,7]", *_EVERY_TASK_ALIKE, "optim.initial_weight_decay=null"],
+    "lucir": ["optim.schedule.milestones=[4,6]", "optim.weight_decay=5e-4", *_EVERY_TASK_ALIKE],
+    "podnet": [*_COSINE, "learner.finetune_epochs=1"],
     "der": ["optim.schedule.milestones=[4,6,7]"],
-    "foster": ["optim.schedule.name=cosine", "optim.weight_decay=5e-4"],
+    "foster": _COSINE,
 }
 TABLES: dict[str, list[list[str]]] = {
     "demo": [["experiment=demo", f"seed={seed}", f"name=demo-seed{seed}"] for seed in range(3)],
     "cifar100_c50": [["experiment=cifar100_c50", f"learner={learner}"] for learner in ("dkt_official", "dkt")],
     "cifar100_c50_learners": [
         *(["experiment=cifar100_c50_conv", f"learner={name}", *more] for name, more in CONVOLUTIONAL.items()),
-        ["experiment=cifar100_c50", "learner=dytox", "model=dytox_small", "learner.finetune_epochs=10"],
+        [
+            *("experiment=cifar100_c50", "learner=dytox", "model=dytox_small", "learner.finetune_epochs=10"),
+            *("optim.lr_reference_batch=512", "data.augment.cutout=null"),
+        ],
         ["experiment=cifar100_c50", "learner=dkt"],
     ],
 }

@@ -24,6 +24,7 @@ Several terms:    kd=[dkt,kd] kd.kd.weight=0.5         Without:  kd=none data.au
 Show, do not run: --cfg        prints the composed config
                   plan=true    prints steps, parameters, memory and time of every task
 Start again:      overwrite=true  (moves the old run folder aside)
+Many runs:        -m learner=dkt,icarl kd=kd,dkd seed=0,1,2   (every combination; finished ones are passed over)
 
 The same command again goes on where an interrupted run stopped.
 """
@@ -125,13 +126,15 @@ def _compose(overrides: list[str], config_name: str) -> tuple[dict[str, Any], di
         if match is not None and match[2] in known:
             choices = [choice.strip() for choice in match[3].strip("[]").split(",")]
             if len(choices) > 1 and match[2] != "kd":
-                raise ConfigError([f"{override}: one choice is needed; only kd takes several, as in kd=[dkt,kd]"])
+                raise ConfigError(
+                    [f"{override}: one choice is needed; -m runs every one, only kd takes several, as in kd=[dkt,kd]"]
+                )
             for choice in choices if match[3] != "[]" else []:
                 if choice not in known[match[2]]:
                     raise ConfigError([f"{match[2]}={choice}: {unknown(match[2], choice, known[match[2]])}"])
             prepared.append(f"{match[2]}={match[3]}")
         elif match is not None and match[2].split(".")[0] == "hydra":
-            raise ConfigError([f"{override}: has no effect, since Hydra only composes here; use runs_dir= and name="])
+            raise ConfigError([f"{override}: has no effect without -m; use runs_dir= and name="])
         elif match is not None:
             prepared.append(f"++{match[2]}={match[3]}")
         else:
@@ -147,8 +150,8 @@ def _compose(overrides: list[str], config_name: str) -> tuple[dict[str, Any], di
         raise ConfigError([f"{written!r} cannot be read ({reason}); quote a value with special characters"]) from error
     except (HydraException, OmegaConfBaseException) as error:
         lines = [line.replace("++", "") for line in str(error).splitlines() if line.strip()]
-        if "--multirun" in str(error):  # Hydra's sweeps, which are not offered
-            lines = [f"{lines[0].removesuffix(' requires --multirun')}: give one value, or a list as key=[1,2]"]
+        if "--multirun" in str(error):
+            lines = [f"{lines[0].removesuffix(' requires --multirun')}: -m runs every value, key=[1,2] is a list"]
         raise ConfigError(lines[: MAX_LINES - 1]) from error
     assert isinstance(tree, dict)
     return {str(key): value for key, value in tree.items()}, chosen
@@ -195,6 +198,14 @@ def _main(arguments: list[str], program: str, config_name: str) -> int:
         print(USAGE.format(program=program, groups=listing))
         return 0
     show = "--cfg" in arguments
+    if any(argument in ("-m", "--multirun") for argument in arguments):
+        from cil.config import ConfigError
+        from cil.sweep import FLAGS, sweep
+
+        try:
+            return sweep([argument for argument in arguments if argument not in FLAGS], program, config_name)
+        except ConfigError as error:
+            return _refuse(error)
     try:
         return _run([argument for argument in arguments if argument != "--cfg"], show, config_name)
     except KeyboardInterrupt:
@@ -218,10 +229,10 @@ def _run(overrides: list[str], show: bool, config_name: str) -> int:
             return 0
         if config.plan:
             return _plan(config) if _is_first() else 0
-        run, finished = _prepare(config)
+        run = _prepare(config)
     except ValueError as error:
         return _refuse(error) if _is_first() else 2
-    if finished:
+    if run is None:
         print(f"{config.name} is finished already; overwrite=true runs it again")
     else:
         print(f"{config.name}: {run.describe()}")
@@ -268,29 +279,31 @@ def _plan(config: "RunConfig") -> int:
     return 0
 
 
-def _prepare(config: "RunConfig") -> tuple["Run", bool]:
-    """Build the parts of a run and open its folder; tells whether it is finished. All processes stop if one cannot.
+def _prepare(config: "RunConfig") -> "Run | None":
+    """Build the parts of a run and open its folder; None if it is finished already. All processes stop if one cannot.
 
     Raises:
         ValueError: What keeps the first process from going on that cannot.
     """
     from cil import distributed
-    from cil.folder import open_folder
+    from cil.folder import is_finished, open_folder
     from cil.precision import resolve_device
     from cil.static import build
 
     distributed.start(resolve_device(config.device))
     run, finished, problem = None, False, None
     try:
-        run = build(config)
-        finished = _is_first() and open_folder(config)
+        finished = _is_first() and is_finished(config)
+        if not finished:
+            run = build(config)
+            if _is_first():
+                open_folder(config)
     except ValueError as error:
         problem = str(error)
     except OSError as error:
         problem = f"{error.filename or ''}: {error.strerror or error}".lstrip(": ")
     distributed.agree(problem)
-    assert run is not None
-    return run, distributed.broadcast(finished)
+    return None if distributed.broadcast(finished) else run
 
 
 def _train(run: "Run") -> int:

@@ -128,8 +128,14 @@ class Engine:
 
     def begin(self, stage: Stage) -> None:
         """Let the learner grow, with random numbers that belong to this stage alone."""
+        before = self.learner.distillation
         with seeded(self.config.seed, "begin", stage.index):
             self.learner.begin_stage(stage)
+        if self.learner.distillation is not before:  # adapters made anew have nothing to go on from
+            self.carried = {
+                phase: {name: state for name, state in carried.items() if not name.startswith("distillation.")}
+                for phase, carried in self.carried.items()
+            }
         self.learner.to(self.precision.device, self.precision.dtype)
         self.prepare(stage)
         self.position = Position(stage.index, begun=True)

@@ -22,13 +22,10 @@ _PLACE = {
 _PACKAGES = ("torch", "torchvision", "timm", "einops", "numpy", "scikit-learn", "pydantic", "hydra-core")
 
 
-def open_folder(config: RunConfig) -> bool:
+def open_folder(config: RunConfig) -> None:
     """Make the run folder, or check that the one that exists belongs to the same config.
 
     With `overwrite=true` an existing folder is moved aside to the first free `<name>.old-N`.
-
-    Returns:
-        Whether the run in it is finished already.
 
     Raises:
         ConfigError: If the folder holds a run of another config, or something else.
@@ -40,33 +37,46 @@ def open_folder(config: RunConfig) -> bool:
             number += 1
         os.replace(folder, aside)
     path = folder / "config.yaml"
-    tree = config.model_dump(mode="json")
     if path.exists():
-        found = _flat(read_yaml(path).get("config", {}))
-        wanted = _flat(tree)
-        keys = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
-        keys = [key for key in keys if key not in _PLACE]
-        if keys:
-            shown = [f"  {key}: {found.get(key)!r} there, {wanted.get(key)!r} here" for key in keys[:6]]
-            more = [f"  and {len(keys) - 6} more keys"] if len(keys) > 6 else []
+        if differing := _differing(config):
+            more = [f"  and {len(differing) - 6} more keys"] if len(differing) > 6 else []
             raise ConfigError(
                 [
                     f"{folder} holds a run of another config; choose another name=, or overwrite=true to move it away",
-                    *shown,
+                    *differing[:6],
                     *more,
                 ]
             )
-        metrics = folder / "metrics.json"
-        return metrics.exists() and bool(read_metrics(folder)["finished"])
+        return
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(
             [f"{folder} exists and holds no run (no config.yaml): choose another name=, or overwrite=true to move it"]
         )
     folder.mkdir(parents=True, exist_ok=True)
     versions = {package: importlib.metadata.version(package) for package in _PACKAGES}
+    tree = config.model_dump(mode="json")
     text = yaml.safe_dump({"config": tree, "versions": versions, "git": git_state()}, sort_keys=False)
     checkpoint.write_atomically(path, lambda file: file.write(text.encode()))
-    return False
+
+
+def is_finished(config: RunConfig) -> bool:
+    """Whether the run folder holds the finished run of this config, and is to be left as it is.
+
+    Raises:
+        ConfigError: If `config.yaml` in it cannot be read.
+    """
+    folder = config.folder
+    if config.overwrite or not all((folder / name).exists() for name in ("config.yaml", "metrics.json")):
+        return False
+    return bool(read_metrics(folder)["finished"]) and not _differing(config)
+
+
+def _differing(config: RunConfig) -> list[str]:
+    """The keys that are not equal in the config and in that of its folder, one a line."""
+    found = _flat(read_yaml(config.folder / "config.yaml").get("config", {}))
+    wanted = _flat(config.model_dump(mode="json"))
+    keys = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
+    return [f"  {key}: {found.get(key)!r} there, {wanted.get(key)!r} here" for key in keys if key not in _PLACE]
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:

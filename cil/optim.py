@@ -134,6 +134,7 @@ class Recipe(BaseModel):
         weight_decay: Not applied to biases and vectors (timm's rule), unless `decay_vectors`.
         decay_vectors: Decay them too, as torch's own optimisers do.
         momentum: For optimisers that have one.
+        nesterov: Nesterov's momentum, for `sgd`.
         betas: For optimisers of the Adam family.
         delta: For `dot`: how much longer the momentum of the distillation lasts; null takes its default.
         carry_state: Whether the optimiser's state (momenta) of a parameter goes on into the next task, with zeros for
@@ -141,6 +142,8 @@ class Recipe(BaseModel):
         clip_norm: Largest allowed norm of the whole gradient; null does not clip.
         epochs: Passes over the samples, in each task.
         initial_epochs: The same for the first task; null takes `epochs`.
+        initial_weight_decay: The same for the first task; null takes `weight_decay`.
+        initial_schedule: The same for the first task; null takes `schedule`.
         batch_size: Samples per step, over all processes.
         schedule: The learning-rate curve.
         sampling: Order and choice of the samples of an epoch.
@@ -154,12 +157,15 @@ class Recipe(BaseModel):
     weight_decay: float = Field(1e-6, ge=0)
     decay_vectors: bool = False
     momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
+    nesterov: bool = False
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] | None = None
     delta: Annotated[float, Field(ge=0, lt=1)] | None = None
     carry_state: bool | None = None
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     epochs: int = Field(500, gt=0)
     initial_epochs: Annotated[int, Field(gt=0)] | None = None
+    initial_weight_decay: Annotated[float, Field(ge=0)] | None = None
+    initial_schedule: Schedule | None = None
     batch_size: int = Field(128, gt=1)
     schedule: Schedule = Schedule()
     sampling: Sampling = Sampling()
@@ -183,6 +189,8 @@ class Recipe(BaseModel):
     def _momenta(self) -> "Recipe":
         if self.optimizer != "dot" and self.delta is not None:
             raise ValueError(f"optim.delta is about optimizer=dot and has no effect with {self.optimizer}")
+        if self.nesterov and (self.optimizer != "sgd" or not self.momentum):
+            raise ValueError("optim.nesterov=true is about optimizer=sgd with a momentum, and has no effect otherwise")
         if self.optimizer == "dot":
             if self.betas is not None:
                 raise ValueError("optim.betas has no effect with optimizer=dot, which has momentum and delta")
@@ -210,8 +218,10 @@ class Recipe(BaseModel):
         return Recipe.model_validate(self.model_dump() | fields)
 
     def for_task(self, index: int) -> "Recipe":
-        """The recipe with the number of epochs of task `index`."""
-        return self.changed(epochs=self.initial_epochs) if index == 0 and self.initial_epochs else self
+        """The recipe of task `index`: the first has its own epochs, weight decay and schedule where they are set."""
+        own = {name: getattr(self, f"initial_{name}") for name in ("epochs", "weight_decay", "schedule")}
+        own = {name: value for name, value in own.items() if value is not None}
+        return self.changed(**own) if index == 0 and own else self
 
 
 def make_optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -231,6 +241,8 @@ def make_optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         return DOT(groups, lr=recipe.peak_lr, weight_decay=recipe.weight_decay, **recipe.momenta)
     given: dict[str, Any] = {"momentum": recipe.momentum, "betas": recipe.betas}
     given = {name: value for name, value in given.items() if value is not None}
+    if recipe.optimizer == "sgd":  # which timm would give Nesterov's momentum
+        given["nesterov"] = recipe.nesterov
     if recipe.optimizer in _FUSED:
         given["fused"] = True
     optimizer: torch.optim.Optimizer = create_optimizer_v2(

@@ -153,6 +153,12 @@ class WeightedSum(Distiller):
         return 1.0 if stopped and all(stopped) else self._task_weight
 
     @property
+    def ended(self) -> bool:
+        """Whether every term has come to the end of its schedule: there is nothing more to learn from the teacher."""
+        stopped = [schedule.stopped for schedule in self._schedules().values()]
+        return bool(stopped) and len(stopped) == len(self.weights) and all(stopped)
+
+    @property
     def counts(self) -> bool:
         """Whether any term counts in this epoch; without one the teacher need not be asked."""
         return any(self.weight(name) for name in self.weights)

@@ -79,7 +79,9 @@ class Learner(nn.Module):
         return self.distillation is not None and "teacher_graph" in self.distillation.needs
 
     def connect(self) -> None:
-        """Let teacher and grown network say what the distillation terms read; adapters that still fit go on learning.
+        """Let teacher and grown network say what the distillation terms read.
+
+        Adapters go on learning if everything the two say has the shapes of the last task, and are made anew otherwise.
 
         Raises:
             ValueError: If a network cannot say what a term reads.
@@ -125,7 +127,8 @@ class Learner(nn.Module):
             learning_rate: Its first rate.
             view_key: Where the augmentation of its samples comes from: equal keys show equal views.
         """
-        if self.distillation is not None:
+        # fine-tuning on the memory comes after the end of a schedule, it does not start it again
+        if self.distillation is not None and (self.phase is None or self.phase.source != "memory"):
             self.distillation.begin_epoch(epoch, learning_rate=learning_rate)
 
     def notice(self, batch: Batch) -> str | None:
@@ -135,6 +138,14 @@ class Learner(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The losses of a batch by name, already weighted."""
         raise NotImplementedError(f"{type(self).__name__} does not say what its losses are")
+
+    @property
+    def learns_from_old(self) -> bool:
+        """Whether distillation terms stand beside the task loss, now or later in this stage.
+
+        Where a loss is divided by $\\lambda$ between the two, the task loss is whole again after the end of a schedule.
+        """
+        return self.teacher is not None and self.distillation is not None and not self.distillation.ended
 
     def transferred(
         self, student: Outputs, batch: Batch, weight: float = 1.0, teacher: Outputs | None = None

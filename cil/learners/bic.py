@@ -70,7 +70,10 @@ class BiC(Learner):
                 f"learner=bic gives the network a head of its own, which would lose the {network.num_classes} classes "
                 "it has: start from a network without classes"
             )
-        network.add_module("head", BiasCorrectedLinear(network.embedding_width, keep_bias=network.head.keep_bias))
+        corrected = BiasCorrectedLinear(
+            network.embedding_width, keep_bias=network.head.keep_bias, init=network.head.init
+        )
+        network.add_module("head", corrected)
         self.network: BackboneNetwork = network
         self.fraction = fraction
         self.bias_epochs = bias_epochs
@@ -116,7 +119,7 @@ class BiC(Learner):
             return self._correction(batch)
         student = said(self.network, batch)
         ce = F.cross_entropy(student.logits, batch.labels)
-        if self.teacher is None:
+        if not self.learns_from_old:
             return {"ce": ce}
         old_share = sum(self.network.task_sizes[:-1]) / self.network.num_classes
         return {"ce": (1 - old_share) * ce} | self.transferred(student, batch, old_share)

@@ -79,6 +79,8 @@ class DKT(Learner):
             )
         if late_batch_override and incremental_batch_size is None:
             raise ValueError("learner.late_batch_override has no effect without learner.incremental_batch_size")
+        if finetune_general_token and network.token_pool.general_token is None:
+            raise ValueError("learner.finetune_general_token has no effect with model.general_token=false")
         self.network: DKTNetwork = network
         self.separation = ClusterSeparation(scale=separation) if separation else None
         self.base_weight = base_weight
@@ -112,10 +114,10 @@ class DKT(Learner):
             "training",
             "new+memory",
             recipe,
-            frozen=[*pool.task_tokens[:-1], network.stability],
+            frozen=[*pool.task_tokens[:-1], *([network.stability] if network.duplex else [])],
             loader_batch_size=loader_batch_size,
         )
-        general_token = [] if self.finetune_general_token else [pool.general_token]
+        general_token = [] if self.finetune_general_token or pool.general_token is None else [pool.general_token]
         finetuning = balanced_finetuning(
             stage,
             recipe,

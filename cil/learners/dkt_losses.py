@@ -47,7 +47,8 @@ def dkt_losses(
 
     With $\\lambda = C_{old} / C$: `bce` is $w (1 - \\lambda) BCE$, every distillation term stands under its own name
     times $\\lambda$ (over the scores of the old classes), `separation` is what `separation` returns. Without a teacher
-    there is only `bce`, the whole of it.
+    there is only `bce`, the whole of it; without distillation terms, or after the end of their schedules,
+    $\\lambda = 0$.
 
     Args:
         student: Scores of all classes seen.
@@ -62,7 +63,7 @@ def dkt_losses(
     if teacher is None:
         return {"bce": bce}
     num_old, num_classes = teacher.logits.shape[1], student.logits.shape[1]
-    old_share = num_old / num_classes
+    old_share = num_old / num_classes if distillation is not None and not distillation.ended else 0.0
     losses = {"bce": base_weight * (1 - old_share) * bce}
     if distillation is not None:
         terms = distillation.terms(student.first(num_old), teacher, batch)

@@ -115,7 +115,7 @@ class DyTox(Learner):
         student = said(self.network, batch)
         teacher, divergence = None, None
         if self.phase is None or self.phase.source != "memory":
-            teacher = said(self.teacher, batch) if self.teacher is not None else None
+            teacher = said(self.teacher, batch) if self.teacher is not None and self.learns_from_old else None
             if self.divergence and self.network.divergence is not None:
                 # of the embeddings of all processes, which are put together by now
                 divergence = self.network.divergence(student.embedding)

@@ -18,8 +18,9 @@ class Finetune(Learner):
     Args:
         network: The network to train.
         distillation: Must be None: there is no old network to learn from.
-        logits: `new` takes the softmax over the new classes alone (the PyCIL line), so old rows of the head rest;
-            `all` over every class seen, which pushes the old ones down.
+        logits: `new` takes the softmax over the new classes alone (the PyCIL line), so old rows of the head get no
+            gradient, and a task of one class has nothing to learn; `all` over every class seen, which pushes the old
+            ones down.
     """
 
     uses_memory = False

@@ -75,7 +75,7 @@ class WA(Learner):
         """The weighted terms: `ce` over every class seen, and those of distillation by name."""
         student = said(self.network, batch)
         ce = F.cross_entropy(student.logits, batch.labels)
-        if self.teacher is None:
+        if not self.learns_from_old:
             return {"ce": ce}
         old_share = sum(self.network.task_sizes[:-1]) / self.network.num_classes
         return {"ce": (1 - old_share) * ce} | self.transferred(student, batch, old_share)

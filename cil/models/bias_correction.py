@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cil.models.heads import GrowingLinear
+from cil.models.heads import GrowingLinear, HeadInit
 
 
 class BiasCorrectedLinear(nn.Module):
@@ -16,7 +16,7 @@ class BiasCorrectedLinear(nn.Module):
 
     Args:
         in_features: Width of the input.
-        keep_bias: See `GrowingLinear`.
+        keep_bias, init: See `GrowingLinear`.
 
     Attributes:
         linear: What is corrected.
@@ -24,9 +24,9 @@ class BiasCorrectedLinear(nn.Module):
         shifts: $b_t$.
     """
 
-    def __init__(self, in_features: int, *, keep_bias: bool = True) -> None:
+    def __init__(self, in_features: int, *, keep_bias: bool = True, init: HeadInit = "torch") -> None:
         super().__init__()
-        self.linear = GrowingLinear(in_features, keep_bias=keep_bias)
+        self.linear = GrowingLinear(in_features, keep_bias=keep_bias, init=init)
         self.scales = nn.ParameterList()
         self.shifts = nn.ParameterList()
         self._task_sizes: list[int] = []

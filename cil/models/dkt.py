@@ -34,11 +34,15 @@ class TokenPool(nn.Module):
 
     Args:
         width: Width of a token.
+        general: False leaves the general token out: None.
+        per_task: False keeps the token of the first task for all of them.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, *, general: bool = True, per_task: bool = True) -> None:
         super().__init__()
-        self.general_token = nn.Parameter(self._draw(width))
+        self.width = width
+        self.per_task = per_task
+        self.general_token = nn.Parameter(self._draw(width)) if general else None
         self.task_tokens = nn.ParameterList()
 
     @staticmethod
@@ -46,10 +50,10 @@ class TokenPool(nn.Module):
         # three axes, so that weight decay counts a token as a matrix, as in the release
         return nn.init.trunc_normal_(torch.empty(1, 1, width), std=_TOKEN_STD)
 
-    def grow(self) -> None:
-        """Add the token of a new task: a fresh draw, no copy."""
-        general = self.general_token
-        self.task_tokens.append(nn.Parameter(self._draw(general.shape[-1]).to(general)))
+    def grow(self, like: Tensor) -> None:
+        """Add the token of a new task, a fresh draw and no copy, on the device and in the dtype of a tensor."""
+        if self.per_task or not self.task_tokens:
+            self.task_tokens.append(nn.Parameter(self._draw(self.width).to(like)))
 
     def newest_first(self, batch_size: int) -> Tokens:
         """The task tokens for every sample, in the order in which the decoder reads them."""
@@ -246,11 +250,16 @@ class EncoderBlock(Block):
 
 
 class GKAB(Block):
-    """General knowledge attention block: patches attend to patches and to the general token, which stays as it is."""
+    """General knowledge attention block: patches attend to patches and to the general token, which stays as it is.
 
-    def forward(self, patches: Tokens, grid: Grid, general_token: Float[Tensor, "1 1 width"]) -> Tokens:
+    Without a general token it is an `EncoderBlock`.
+    """
+
+    def forward(self, patches: Tokens, grid: Grid, general_token: Float[Tensor, "1 1 width"] | None) -> Tokens:
         """Patches in, patches out."""
         queries = self.norm1(patches)
+        if general_token is None:
+            return self.update(patches, queries, queries, grid)
         general = repeat(self.norm1(general_token), "1 1 d -> b 1 d", b=patches.shape[0])
         context = torch.cat([queries, general.to(queries.dtype)], dim=1)
         return self.update(patches, queries, context, grid)
@@ -292,7 +301,7 @@ class Encoder(nn.Module):
     def forward(
         self,
         images: Float[Tensor, "batch channels height width"],
-        general_token: Float[Tensor, "1 1 dim"],
+        general_token: Float[Tensor, "1 1 dim"] | None,
         maps: PatchMaps | None = None,
     ) -> Float[Tensor, "batch patches dim"]:
         """The encoded patches; `maps` collects what is exposed."""
@@ -330,9 +339,15 @@ class DKTNetwork(PatchNetwork):
         merge_bias: See `StabilityClassifier.absorb`; False is the release (R3a).
         still_biases: Let the biases that training cannot feel rest, see `BeforeNorm`. False is the release, where Adam
             makes full steps of the rounding that is their gradient.
+        general_token: False leaves out what the GKAB reads beside the patches; this and the next three take a part of
+            the method away, for ablations.
+        task_tokens: False has one token for all tasks, which learns on in every one.
+        old_tokens: False hides the older task tokens from the newest in the SKAB.
+        duplex: False has one classifier, which grows and learns in every task, and nothing to merge.
 
     Raises:
-        ValueError: If `width` is no multiple of `num_heads`, or no whole patches can be cut.
+        ValueError: If `width` is no multiple of `num_heads`, no whole patches can be cut, or a switch acts on a part
+            that another one takes away.
     """
 
     fresh_parts = ("plasticity.",)
@@ -355,10 +370,20 @@ class DKTNetwork(PatchNetwork):
         merge_norm: bool = True,
         merge_bias: bool = True,
         still_biases: bool = True,
+        general_token: bool = True,
+        task_tokens: bool = True,
+        old_tokens: bool = True,
+        duplex: bool = True,
     ) -> None:
         super().__init__(input_shape, width)
         if width % num_heads:
             raise ValueError(f"width must be a multiple of num_heads, found width={width} and num_heads={num_heads}")
+        if not (task_tokens or old_tokens):
+            raise ValueError("model.old_tokens=false has no effect with model.task_tokens=false: there is one token")
+        if not (duplex or (merge_norm and merge_bias)):
+            raise ValueError("model.merge_norm and model.merge_bias have no effect with model.duplex=false: no merge")
+        self.old_tokens = old_tokens
+        self.duplex = duplex
         self.merge_norm = merge_norm
         self.merge_bias = merge_bias
         patch_embedding = ConvPatchEmbedding(
@@ -378,7 +403,7 @@ class DKTNetwork(PatchNetwork):
             kind(width, num_heads, hidden, drop_path=drop_path * i / depth, name=f"block{i}")
             for i, kind in enumerate(kinds)
         ]
-        self.token_pool = TokenPool(width)
+        self.token_pool = TokenPool(width, general=general_token, per_task=task_tokens)
         self.encoder = Encoder(patch_embedding, blocks)
         self.skab = SKAB(width, num_heads, hidden)
         self.stability = StabilityClassifier(width)
@@ -388,13 +413,14 @@ class DKTNetwork(PatchNetwork):
                 module.still_biases = still_biases
 
     def _grow(self, num_new: int) -> None:
-        self.token_pool.grow()
-        if self.num_tasks == 0:
+        like = self.stability.norm.weight
+        self.token_pool.grow(like)
+        if self.num_tasks == 0 or not self.duplex:
             self.stability.head.grow(num_new)
             return
         if self.plasticity is not None:
             self.stability.absorb(self.plasticity, merge_norm=self.merge_norm, merge_bias=self.merge_bias)
-        self.plasticity = PlasticityClassifier(self.embedding_width).to(self.token_pool.general_token)
+        self.plasticity = PlasticityClassifier(self.embedding_width).to(like)
         self.plasticity.head.grow(num_new)
 
     @property
@@ -415,6 +441,7 @@ class DKTNetwork(PatchNetwork):
         """Scores of all classes so far, the decoder's answer as the embedding, and what is exposed."""
         maps = self.listen()
         patches = self.encoder(images, self.token_pool.general_token, maps)
-        z = self.skab(self.token_pool.newest_first(len(images)), patches)
+        tokens = self.token_pool.newest_first(len(images))
+        z = self.skab(tokens if self.old_tokens else tokens[:, :1], patches)
         taps = {} if maps is None else maps.taps(self.classifiers())
         return Outputs(self.classify(z), embedding=z, taps=taps)

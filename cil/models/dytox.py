@@ -56,19 +56,20 @@ class GPSA(nn.Module):
         self.proj = nn.Linear(width, width)
         self.position = nn.Linear(3, num_heads)
         self.gate = nn.Parameter(torch.ones(num_heads))
-        self._look_around(locality)
+        self.locality = locality
 
     @torch.no_grad()
-    def _look_around(self, locality: float) -> None:
+    def look_around(self) -> None:
         """Start as a convolution: head (i, j) of a square of heads attends to the neighbour (i, j) of a patch.
 
         $W \\delta = -\\alpha (|\\delta|^2 - 2\\, \\delta \\cdot \\Delta_h)$ peaks at $\\delta = \\Delta_h$ (ConViT).
         """
         nn.init.eye_(self.v.weight)
-        side = int(self.num_heads**0.5)  # heads beyond the square keep torch's initialisation
+        side = int(self.num_heads**0.5)  # heads beyond the square keep theirs
+        middle = (side - 1) / 2  # between two neighbours if the side is even
         for head in range(side**2):
-            dy, dx = head // side - side // 2, head % side - side // 2
-            self.position.weight[head] = locality * torch.tensor([2.0 * dx, 2.0 * dy, -1.0])
+            dy, dx = head // side - middle, head % side - middle
+            self.position.weight[head] = self.locality * torch.tensor([2.0 * dx, 2.0 * dy, -1.0])
 
     def forward(self, x: Tokens, positions: Float[Tensor, "tokens tokens 3"]) -> Tokens:
         """Normalised tokens in, their update out."""
@@ -240,6 +241,14 @@ class DyToxNetwork(PatchNetwork):
         self.divergence: Classifier | None = None
         self.register_buffer("positions", relative_positions(rows, columns), persistent=False)
         nn.init.trunc_normal_(self.position, std=_TOKEN_STD)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=_TOKEN_STD)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, GPSA):
+                module.look_around()
 
     def _grow(self, num_new: int) -> None:
         token = nn.init.trunc_normal_(torch.empty(1, 1, self.embedding_width), std=_TOKEN_STD)

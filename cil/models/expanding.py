@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from cil.models.heads import fresh_linear
 from cil.models.network import BackboneNetwork, TapPaths
 from kd import Outputs, Taps
 
@@ -131,7 +132,7 @@ class ExpandingNetwork(BackboneNetwork):
         super()._grow(num_new)
         if self.tells is not None:
             num_outputs = num_new + 1 if self.tells == "newest" else self.head.out_features
-            self.auxiliary = nn.Linear(self.copy_width, num_outputs).to(self.head.weight)
+            self.auxiliary = fresh_linear(self.copy_width, num_outputs, self.head.init).to(self.head.weight)
 
     def grow_head(self, num_new: int) -> None:
         """Make room for the classes of one more task, without a copy."""

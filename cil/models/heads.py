@@ -1,9 +1,24 @@
 """Heads: a linear layer that gets more outputs, and the duplex classifier of DKT."""
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+#: How new outputs of a head begin: `torch` is the default of torch's linear layer, weights and biases uniform in
+#: $\pm 1/\sqrt{in}$; `kaiming` is that of the PyCIL line, weights uniform in $\pm\sqrt{3/in}$ and biases 0.
+HeadInit = Literal["torch", "kaiming"]
+
+
+def fresh_linear(in_features: int, out_features: int, init: HeadInit) -> nn.Linear:
+    """A linear layer as a head begins."""
+    linear = nn.Linear(in_features, out_features)
+    if init == "kaiming":
+        nn.init.kaiming_uniform_(linear.weight, nonlinearity="linear")
+        nn.init.zeros_(linear.bias)
+    return linear
 
 
 class GrowingLinear(nn.Module):
@@ -13,12 +28,14 @@ class GrowingLinear(nn.Module):
         in_features: Width of the input.
         keep_bias: Keep the biases of the old outputs when there are more. The DKT release draws them anew
             (discrepancy R3c): `keep_bias=False`.
+        init: How new outputs begin.
     """
 
-    def __init__(self, in_features: int, *, keep_bias: bool = True) -> None:
+    def __init__(self, in_features: int, *, keep_bias: bool = True, init: HeadInit = "torch") -> None:
         super().__init__()
         self.in_features = in_features
         self.keep_bias = keep_bias
+        self.init: HeadInit = init
         self.weight = nn.Parameter(torch.empty(0, in_features))
         self.bias = nn.Parameter(torch.empty(0))
 
@@ -34,18 +51,17 @@ class GrowingLinear(nn.Module):
 
     @torch.no_grad()
     def grow(self, num_new: int) -> None:
-        """Add outputs with torch's default initialisation: uniform in $\\pm 1/\\sqrt{in}$."""
-        fresh = nn.Linear(self.in_features, num_new)
+        """Add outputs."""
+        fresh = fresh_linear(self.in_features, num_new, self.init)
         kept = self.bias if self.keep_bias else self.fresh_bias()
         self.assign(torch.cat([self.weight, fresh.weight.to(self.weight)]), torch.cat([kept, fresh.bias.to(self.bias)]))
 
     @torch.no_grad()
     def widen(self, num_added: int) -> None:
-        """Read more features, behind those it reads; what they count for is drawn as torch does for that width."""
+        """Read more features, behind those it reads; what they count for begins as in a head of that width."""
         self.in_features += num_added
-        bound = self.in_features**-0.5
-        fresh = torch.empty(self.out_features, num_added).uniform_(-bound, bound).to(self.weight)
-        self.assign(torch.cat([self.weight, fresh], dim=1), self.bias)
+        fresh = fresh_linear(self.in_features, self.out_features, self.init).weight[:, -num_added:]
+        self.assign(torch.cat([self.weight, fresh.to(self.weight)], dim=1), self.bias)
 
     def fresh_bias(self) -> Float[Tensor, " outputs"]:
         """Biases as torch draws them for a new layer of this shape."""
@@ -63,7 +79,7 @@ class GrowingLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """The arguments, for printing."""
-        return f"{self.in_features} -> {self.out_features}, keep_bias={self.keep_bias}"
+        return f"{self.in_features} -> {self.out_features}, keep_bias={self.keep_bias}, init={self.init}"
 
 
 class Classifier(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cil.models.heads import GrowingLinear
+from cil.models.heads import GrowingLinear, HeadInit
 from kd import Outputs, Taps
 from kd.cam import class_maps
 from kd.registry import Registry, unknown
@@ -143,6 +143,7 @@ class BackboneNetwork(Network):
         embedding_width: Width of the embedding.
         keep_bias: See `GrowingLinear`.
         taps: Where its feature maps are.
+        head_init: How new outputs of the head begin.
     """
 
     #: Path, below the backbone, of the activation whose output is pooled; None where there is none.
@@ -155,11 +156,12 @@ class BackboneNetwork(Network):
         embedding_width: int,
         keep_bias: bool = True,
         taps: TapPaths | None = None,
+        head_init: HeadInit = "torch",
     ) -> None:
         super().__init__(input_shape, embedding_width)
         self._taps = taps or TapPaths()
         self.backbone = backbone
-        self.head = GrowingLinear(embedding_width, keep_bias=keep_bias)
+        self.head = GrowingLinear(embedding_width, keep_bias=keep_bias, init=head_init)
 
     def tap_paths(self) -> TapPaths:
         """Where its feature maps are."""

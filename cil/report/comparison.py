@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.stats import ttest_rel
 
 from cil.report.folders import RunFolder
 
@@ -44,8 +45,61 @@ class Group:
 
     def std(self, number: str) -> float | None:
         """Sample standard deviation of the values; None for fewer than two."""
+        return _std(self.values(number))
+
+    def median(self, number: str) -> float | None:
+        """Median of the values; None if there are none."""
         values = self.values(number)
-        return float(np.std(values, ddof=1)) if len(values) > 1 else None
+        return float(np.median(values)) if values else None
+
+    @property
+    def protocols(self) -> tuple[str, ...]:
+        """The protocols of its runs, as far as they are known: one, if all runs are comparable."""
+        known = {run.metrics.get("protocol") for run in self.runs}
+        return tuple(sorted(str(protocol) for protocol in known if protocol))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What a group has more than another, over the seeds that both have finished.
+
+    Attributes:
+        mean: Mean difference.
+        std: Sample standard deviation of the differences; None for fewer than two seeds.
+        p_value: Of the two-sided paired t-test; None for fewer than two seeds, or if all differences are equal.
+        num_seeds: How many seeds both have.
+    """
+
+    mean: float
+    std: float | None
+    p_value: float | None
+    num_seeds: int
+
+
+def paired(base: Group, group: Group, number: str) -> Difference | None:
+    """The difference of two groups, seed by seed; None if they share no finished seed.
+
+    Args:
+        base: Is subtracted.
+        group: What is compared with it.
+        number: A key of `RunFolder.summary`.
+    """
+    values = [
+        {run.fact("seed"): run.summary[number] for run in each.finished if run.summary.get(number) is not None}
+        for each in (base, group)
+    ]
+    seeds = sorted(values[0].keys() & values[1].keys())
+    if not seeds:
+        return None
+    before, after = ([column[seed] for seed in seeds] for column in values)
+    differences = [b - a for a, b in zip(before, after, strict=True)]
+    std = _std(differences)
+    p_value = float(ttest_rel(after, before).pvalue) if std else None
+    return Difference(float(np.mean(differences)), std, p_value, len(seeds))
+
+
+def _std(values: Sequence[float]) -> float | None:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
 def grouped(runs: Sequence[RunFolder]) -> list[Group]:

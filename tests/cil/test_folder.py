@@ -7,7 +7,7 @@ import yaml
 from cil import folder as folders
 from cil.cli import compose
 from cil.config import Config, ConfigError, check
-from cil.folder import git_state, open_folder, read_yaml
+from cil.folder import git_state, is_finished, open_folder, read_yaml
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def finish(config: Config) -> None:
 
 def test_a_new_folder_gets_the_resolved_config_and_is_not_finished(config_of: Any) -> None:
     config = config_of()
-    assert not open_folder(config)
+    open_folder(config)
     record = read_yaml(config.folder / "config.yaml")
     assert check(record["config"]) == config
     assert record["versions"].keys() >= {"torch", "torchvision", "timm"}
@@ -33,11 +33,11 @@ def test_a_new_folder_gets_the_resolved_config_and_is_not_finished(config_of: An
 def test_the_same_config_may_go_on_until_it_is_finished(config_of: Any) -> None:
     config = config_of()
     open_folder(config)
-    assert not open_folder(config)
+    open_folder(config)
     (config.folder / "metrics.json").write_text('{"finished": false}')
-    assert not open_folder(config)
+    open_folder(config)
     finish(config)
-    assert open_folder(config)
+    assert is_finished(config)
 
 
 @pytest.mark.parametrize(
@@ -70,13 +70,13 @@ def test_where_a_run_is_and_where_its_data_is_make_no_other_config(config_of: An
     open_folder(config_of())
     (tmp_path / "runs" / "run").rename(tmp_path / "moved")
     (tmp_path / "data").mkdir()
-    assert not open_folder(config_of(f"runs_dir={tmp_path}", "name=moved", f"data.root={tmp_path / 'data'}"))
+    open_folder(config_of(f"runs_dir={tmp_path}", "name=moved", f"data.root={tmp_path / 'data'}"))
 
 
 def test_overwriting_moves_aside_to_the_first_free_name(config_of: Any, tmp_path: Path) -> None:
     for seed in range(3):
         config = config_of(f"seed={seed}", "overwrite=true")
-        assert not open_folder(config)
+        open_folder(config)
         finish(config)
     runs = tmp_path / "runs"
     assert sorted(path.name for path in runs.iterdir()) == ["run", "run.old-1", "run.old-2"]
@@ -87,7 +87,7 @@ def test_overwriting_moves_aside_to_the_first_free_name(config_of: Any, tmp_path
 def test_a_folder_of_something_else_is_refused_and_an_empty_one_taken(config_of: Any) -> None:
     config = config_of()
     config.folder.mkdir(parents=True)
-    assert not open_folder(config)
+    open_folder(config)
     (config.folder / "config.yaml").unlink()
     (config.folder / "thesis.tex").write_text("mine")
     with pytest.raises(ConfigError, match=r"holds no run \(no config.yaml\)"):

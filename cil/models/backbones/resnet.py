@@ -6,6 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cil.models.backbones.resnet_cifar import BasicBlock, StagedBackbone, convolved_shortcut
+from cil.models.heads import HeadInit
 from cil.models.network import BackboneNetwork, InputShape, TapPaths, models
 
 Maps = Float[Tensor, "batch channels height width"]
@@ -82,15 +83,21 @@ class ResNet(BackboneNetwork):
         input_shape: Channels, height and width of an image.
         depth: Layers, as the paper counts them.
         keep_bias: See `GrowingLinear`.
+        head_init: How new outputs begin, see `resnet_cifar`.
     """
 
     def __init__(
-        self, input_shape: InputShape, *, depth: Literal[18, 34, 50, 101, 152] = 50, keep_bias: bool = True
+        self,
+        input_shape: InputShape,
+        *,
+        depth: Literal[18, 34, 50, 101, 152] = 50,
+        keep_bias: bool = True,
+        head_init: HeadInit = "torch",
     ) -> None:
         last_act, expansion = ("act2", 1) if depth in _SHALLOW else ("act3", _EXPANSION)
         stages = [f"stages.{i}" for i in range(len(_WIDTHS))]
         pre = [f"{stage}.{n - 1}.{last_act}" for stage, n in zip(stages, _NUM_BLOCKS[depth], strict=True)]
         taps = TapPaths.of_backbone(stem="act", post=stages, pre=pre, last=stages[-1])
         backbone = ResNetBackbone(input_shape[0], depth)
-        super().__init__(input_shape, backbone, expansion * _WIDTHS[-1], keep_bias, taps)
+        super().__init__(input_shape, backbone, expansion * _WIDTHS[-1], keep_bias, taps, head_init)
         self.last_activation = pre[-1]

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
+from cil.models.heads import HeadInit
 from cil.models.network import BackboneNetwork, InputShape, TapPaths, models
 
 Maps = Float[Tensor, "batch channels height width"]
@@ -147,6 +148,8 @@ class ResNetCifar(BackboneNetwork):
         shortcut: Where the shape of the maps changes: `pad` is the paper's option A, without parameters, `conv` its
             option B, a 1x1 convolution and BatchNorm.
         keep_bias: See `GrowingLinear`.
+        head_init: How new outputs begin: `torch`, or `kaiming` (weights uniform in $\\pm\\sqrt{3/in}$, biases 0) as in
+            class-incremental learning.
 
     Raises:
         ValueError: If `shortcut="pad"` would have to remove channels, or both `depth` and `blocks` are given.
@@ -162,6 +165,7 @@ class ResNetCifar(BackboneNetwork):
         stem_width: Annotated[int, Field(gt=0)] | None = None,
         shortcut: Literal["pad", "conv"] = "pad",
         keep_bias: bool = True,
+        head_init: HeadInit = "torch",
     ) -> None:
         if blocks is not None and depth is not None:
             raise ValueError(f"depth={depth} and blocks={blocks} both say how deep the network is: set one to null")
@@ -179,5 +183,5 @@ class ResNetCifar(BackboneNetwork):
         stages = [f"stages.{i}" for i in range(_NUM_STAGES)]
         pre = [f"{stage}.{count - 1}.act2" for stage, count in zip(stages, blocks, strict=True)]
         taps = TapPaths.of_backbone(stem="act", post=stages, pre=pre, last=stages[-1])
-        super().__init__(input_shape, backbone, 4 * width, keep_bias, taps)
+        super().__init__(input_shape, backbone, 4 * width, keep_bias, taps, head_init)
         self.last_activation = pre[-1]

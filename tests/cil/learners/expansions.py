@@ -29,6 +29,7 @@ DIGITS = (
     "memory.size=60",
     "optim=sgd",
     "optim.initial_epochs=null",
+    "optim.initial_schedule=null",
     "optim.epochs=6",
     "optim.batch_size=64",
     "optim.schedule.name=cosine",
