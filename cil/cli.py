@@ -38,7 +38,8 @@ def config_folder() -> Path:
 def groups() -> dict[str, list[str]]:
     """Config groups and their choices."""
     found: dict[str, list[str]] = {}
-    for folder in sorted(path for path in config_folder().iterdir() if path.is_dir() and path.name != "__pycache__"):
+    others = {"__pycache__", "ablation"}  # the latter is read by `cil.ablate`
+    for folder in sorted(path for path in config_folder().iterdir() if path.is_dir() and path.name not in others):
         found[folder.name] = sorted(path.stem for path in folder.glob("*.yaml"))
     return found
 
@@ -115,7 +116,6 @@ def _compose(overrides: list[str], config_name: str) -> tuple[dict[str, Any], di
     from omegaconf.errors import OmegaConfBaseException
 
     from cil.config import ConfigError
-    from kd.registry import unknown
 
     known = groups()
     prepared = []
@@ -124,14 +124,7 @@ def _compose(overrides: list[str], config_name: str) -> tuple[dict[str, Any], di
         if match is None and not override.startswith("~"):
             raise ConfigError([f"{override!r} is no override: write key=value, such as seed=1, or group=choice"])
         if match is not None and match[2] in known:
-            choices = [choice.strip() for choice in match[3].strip("[]").split(",")]
-            if len(choices) > 1 and match[2] != "kd":
-                raise ConfigError(
-                    [f"{override}: one choice is needed; -m runs every one, only kd takes several, as in kd=[dkt,kd]"]
-                )
-            for choice in choices if match[3] != "[]" else []:
-                if choice not in known[match[2]]:
-                    raise ConfigError([f"{match[2]}={choice}: {unknown(match[2], choice, known[match[2]])}"])
+            check_choice(match[2], match[3])
             prepared.append(f"{match[2]}={match[3]}")
         elif match is not None and match[2].split(".")[0] == "hydra":
             raise ConfigError([f"{override}: has no effect without -m; use runs_dir= and name="])
@@ -155,6 +148,26 @@ def _compose(overrides: list[str], config_name: str) -> tuple[dict[str, Any], di
         raise ConfigError(lines[: MAX_LINES - 1]) from error
     assert isinstance(tree, dict)
     return {str(key): value for key, value in tree.items()}, chosen
+
+
+def check_choice(group: str, value: str) -> None:
+    """Whether a config group has such a file; `kd` takes several, as a list.
+
+    Raises:
+        ConfigError: If not, with the nearest name.
+    """
+    from cil.config import ConfigError
+    from kd.registry import unknown
+
+    known = groups()[group]
+    choices = [choice.strip() for choice in value.strip("[]").split(",")]
+    if len(choices) > 1 and group != "kd":
+        raise ConfigError(
+            [f"{group}={value}: one choice is needed; -m runs every one, only kd takes several, as in kd=[dkt,kd]"]
+        )
+    for choice in choices if value != "[]" else []:
+        if choice not in known:
+            raise ConfigError([f"{group}={choice}: {unknown(group, choice, known)}"])
 
 
 def default_name(tree: dict[str, Any], choices: dict[str, Any]) -> str:

@@ -41,10 +41,16 @@ def sweep(arguments: Sequence[str], program: str, config_name: str) -> int:
     Raises:
         ConfigError: If the words cannot be read, two runs would share a folder, or all of them are refused.
     """
+    from cil.cli import check_choice, groups
+
     if "RANK" in os.environ:
         raise ConfigError(["-m starts the runs itself: leave torchrun out, or start a single run with it"])
     own = [word for word in arguments if not re.match(r"\+*hydra[./]", word)]
+    if unknown_flags := [word for word in own if word.startswith("-")]:
+        raise ConfigError([f"{unknown_flags[0]!r} is no option: write key=value; --help lists what there is"])
     swept, jobs = expand(own)
+    for word in {word for job in jobs for word in job if _key(word) in groups()}:
+        check_choice(_key(word), word.partition("=")[2])  # Hydra would stop the whole sweep in the middle
     plans = [_planned(job, swept, config_name) for job in jobs]
     names = [plan.name for plan in plans if isinstance(plan, RunConfig)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -70,11 +76,12 @@ def sweep(arguments: Sequence[str], program: str, config_name: str) -> int:
         config_name,
     )
     outcomes = [_outcome(folder / str(number)) for number in range(len(jobs))]
-    return _report(jobs, plans, outcomes, interrupted=interrupted)
+    told = [" ".join(word for word in job if _key(word) in swept) or " ".join(job) for job in jobs]
+    return _report(told, plans, outcomes, interrupted=interrupted)
 
 
 def expand(words: Sequence[str]) -> tuple[set[str], list[list[str]]]:
-    """The keys that are swept, and the words of every run, in Hydra's order.
+    """The keys that are swept, and the words of every run, in Hydra's order; of words for one key the last counts.
 
     Raises:
         ConfigError: If a word cannot be read.
@@ -82,8 +89,9 @@ def expand(words: Sequence[str]) -> tuple[set[str], list[list[str]]]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import OverrideParseException
 
+    words = list({_key(word): word for word in words}.values())
     try:
-        parsed = OverridesParser.create().parse_overrides(list(words))
+        parsed = OverridesParser.create().parse_overrides(words)
     except OverrideParseException as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
@@ -103,13 +111,13 @@ def named(job: Sequence[str], swept: set[str], config_name: str) -> list[str]:
     """The words of a run with a name that no other run of the sweep has: its own, and what is swept beside that."""
     from cil.cli import compose
 
-    own = {_key(word) for word in job}
+    own = {_key(word): word for word in job}
     told = {"name"} if "name" in own else _TOLD
-    parts = [word.lstrip("+") for word in job if _key(word) in swept - told]
+    parts = [word.lstrip("+") for key, word in own.items() if key in swept - told]
     name = "-".join([compose(list(job), config_name)["name"], *parts])
     return [
         *(word for word in job if _key(word) != "name"),
-        f"name={re.sub(r'[^A-Za-z0-9._+=-]+', '.', name).strip('.')}",
+        f"name='{re.sub(r'[^A-Za-z0-9._+=-]+', '.', name).strip('.')}'",
     ]
 
 
@@ -156,11 +164,13 @@ def run_job(_: Any) -> int:
     Raises:
         KeyboardInterrupt: If it was interrupted: the sweep ends.
     """
+    from hydra.core.global_hydra import GlobalHydra
     from hydra.core.hydra_config import HydraConfig
 
     from cil.cli import main
 
     hydra = HydraConfig.get()
+    GlobalHydra.instance().clear()  # the run composes its config itself, and there can be one at a time
     config_name = str(hydra.job.config_name)
     job = [re.sub(r"^\+\+", "", word) for word in hydra.overrides.task]
     swept = {_key(word) for word in job} - set(hydra.job.config.override_dirname.exclude_keys)
@@ -209,7 +219,7 @@ def _outcome(folder: Path) -> dict[str, Any]:
 
 
 def _report(
-    jobs: Sequence[Sequence[str]],
+    jobs: Sequence[str],
     plans: Sequence[RunConfig | ConfigError],
     outcomes: Sequence[dict[str, Any]],
     *,
@@ -230,6 +240,6 @@ def _report(
     kinds = {1: "failed", 2: "refused"}
     bad = [(job, outcome) for job, outcome in zip(jobs, outcomes, strict=True) if outcome["code"]]
     for job, outcome in bad:
-        print(f"{kinds.get(outcome['code'], 'failed')}: {' '.join(job)}: {outcome['reason']}", file=sys.stderr)
+        print(f"{kinds.get(outcome['code'], 'failed')}: {job}: {outcome['reason']}", file=sys.stderr)
     codes = {outcome["code"] for _, outcome in bad}
     return 0 if not codes else 2 if codes == {2} else 1

@@ -136,6 +136,13 @@ def test_the_first_task_may_have_epochs_of_its_own() -> None:
     assert Recipe(epochs=7).for_task(0).epochs == 7
 
 
+def test_the_first_task_may_have_a_schedule_and_a_decay_of_its_own() -> None:
+    first = Schedule(name="multistep", milestones=[2])
+    recipe = Recipe(weight_decay=1e-4, initial_weight_decay=0.0, initial_schedule=first)
+    assert [recipe.for_task(index).weight_decay for index in range(2)] == [0.0, 1e-4]
+    assert [recipe.for_task(index).schedule for index in range(2)] == [first, recipe.schedule]
+
+
 def test_a_changed_recipe_is_checked_again() -> None:
     recipe = Recipe(schedule=Schedule(name="constant"), sampling=Sampling(views=3))
     changed = recipe.changed(lr=1.0, batch_size=8)
@@ -194,6 +201,15 @@ def test_betas_and_momentum_reach_the_optimiser() -> None:
     assert type(adamw) is torch.optim.AdamW
     sgd = make_optimizer(nn.Linear(2, 2), Recipe(optimizer="sgd", momentum=0.5))
     assert sgd.param_groups[0]["momentum"] == 0.5
+
+
+def test_momentum_is_plain_unless_nesterovs_is_asked_for() -> None:
+    for nesterov in (False, True):
+        sgd = make_optimizer(nn.Linear(2, 2), Recipe(optimizer="sgd", momentum=0.5, nesterov=nesterov))
+        assert {group["nesterov"] for group in sgd.param_groups} == {nesterov}
+    for recipe in ({"optimizer": "adamw"}, {"optimizer": "sgd"}, {"optimizer": "dot", "momentum": 0.9}):
+        with pytest.raises(ValidationError, match=r"optim\.nesterov=true is about optimizer=sgd with a momentum"):
+            Recipe(**recipe, nesterov=True)
 
 
 def test_the_optimiser_starts_at_the_peak_and_the_rate_can_be_set_for_all_groups() -> None:

@@ -268,3 +268,50 @@ def test_biases_in_front_of_a_batch_norm_rest_while_it_takes_their_mean_away() -
     network = tiny(3).eval()
     network(images()).logits.square().sum().backward()
     assert all(network.get_parameter(name).grad.any() for name in expected)
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [{"general_token": False}, {"task_tokens": False}, {"old_tokens": False}, {"duplex": False}],
+    ids=lambda switches: next(iter(switches)),
+)
+def test_a_part_that_is_switched_off_is_not_there_and_the_rest_grows_on(switches):
+    network = tiny(2, 3, 2, **switches).eval()
+    logits = network(images()).logits
+    assert logits.shape == (4, 7)
+    names = dict(network.named_parameters())
+    assert ("token_pool.general_token" in names) == ("general_token" not in switches)
+    assert len(network.token_pool.task_tokens) == (1 if "task_tokens" in switches else 3)
+    assert (network.plasticity is None) == ("duplex" in switches)
+    fresh = tiny(**switches).eval()
+    fresh.rebuild(network.structure())
+    fresh.load_state_dict(network.state_dict())
+    assert torch.equal(fresh(images()).logits, logits)
+
+
+def test_without_old_tokens_in_the_decoder_they_do_not_count():
+    network = tiny(2, 2, old_tokens=False).eval()
+    before = network(images()).logits
+    with torch.no_grad():
+        network.token_pool.task_tokens[0].add_(1 + torch.arange(24))
+    assert torch.equal(network(images()).logits, before)
+
+
+def test_with_one_classifier_growing_leaves_the_old_rows_where_they_are():
+    network = tiny(2, duplex=False)
+    before = network.stability.head.weight.clone()
+    network.grow(3)
+    assert torch.equal(network.stability.head.weight[:2], before)
+    assert network.classifiers() == [network.stability]
+
+
+@pytest.mark.parametrize(
+    ("switches", "message"),
+    [
+        ({"task_tokens": False, "old_tokens": False}, "old_tokens=false has no effect"),
+        ({"duplex": False, "merge_norm": False}, "have no effect with model.duplex=false"),
+    ],
+)
+def test_switches_on_parts_that_are_off_are_refused(switches, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**switches)

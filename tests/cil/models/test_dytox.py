@@ -122,9 +122,29 @@ def test_relative_positions_point_from_the_query_to_the_key():
 
 def test_heads_start_by_looking_at_one_neighbour_each():
     attention = GPSA(18, num_heads=9, locality=1.0)
+    attention.look_around()
     by_place = attention.position(relative_positions(5, 5)).softmax(dim=1)
     middle = 12
     assert by_place[middle].argmax(dim=0).tolist() == [6, 7, 8, 11, 12, 13, 16, 17, 18]
+
+
+def test_an_even_square_of_heads_looks_between_neighbours_and_to_all_sides_alike():
+    attention = GPSA(8, num_heads=4, locality=1.0)
+    attention.look_around()
+    by_place = attention.position(relative_positions(5, 5)).softmax(dim=1)[12].reshape(5, 5, 4)
+    corners = [by_place[1:3, 1:3, 0], by_place[1:3, 2:4, 1], by_place[2:4, 1:3, 2], by_place[2:4, 2:4, 3]]
+    for corner in corners:
+        torch.testing.assert_close(corner, corner[0, 0].expand(2, 2))
+        assert corner[0, 0] > by_place[0, 0].max()
+
+
+def test_linear_layers_start_small_and_the_values_of_the_encoder_as_they_are():
+    network = tiny()
+    linears = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    assert all(not linear.bias.any() for linear in linears if linear.bias is not None and linear.out_features != 4)
+    block = network.encoder[0]
+    assert torch.equal(block.attention.v.weight, torch.eye(block.attention.v.in_features))
+    assert block.mlp.fc1.weight.std() < 0.03
 
 
 def test_a_rebuilt_network_says_the_same_to_the_bit():
