@@ -65,7 +65,7 @@ class ExpandingNetwork(BackboneNetwork):
     """A `BackboneNetwork` that gets a copy of a part of its backbone with every task but the first.
 
     The head reads the features of all copies: as they get more, what it has learned of the old ones stays, and what it
-    makes of the new ones is drawn as by torch, for the old classes too. The taps are those of the newest copy, but
+    makes of the new ones begins as in a new head, for the old classes too. The taps are those of the newest copy, but
     "last", like the embedding, is of all.
 
     Args:
@@ -82,8 +82,8 @@ class ExpandingNetwork(BackboneNetwork):
     fresh_parts = ("auxiliary",)
 
     def __init__(self, network: BackboneNetwork, *, part: str = "backbone", auxiliary: Told | None = None) -> None:
-        width, paths = network.embedding_width, network.tap_paths()
-        super().__init__(network.input_shape, network.backbone, width, network.head.keep_bias, paths)
+        width, paths, head = network.embedding_width, network.tap_paths(), network.head
+        super().__init__(network.input_shape, network.backbone, width, head.keep_bias, paths, head.init)
         self.part = part
         self.copy_width = width
         self.tells = auxiliary

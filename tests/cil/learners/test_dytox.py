@@ -279,7 +279,7 @@ def test_it_forgets_less_than_training_on_each_task_alone(tmp_path: Path) -> Non
     finetuning = ("learner.finetune_lr=2e-3", "learner.finetune_batch_size=20")
     run = run_tiny_in(tmp_path / "dytox", *settings, *finetuning, learner="dytox", report=False)
     alone = run_tiny_in(tmp_path / "alone", *settings, learner="finetune", report=False)
-    assert metrics_of(run)["last_accuracy"] > metrics_of(alone)["last_accuracy"] + 0.2
+    assert metrics_of(run)["last_accuracy"] > metrics_of(alone)["last_accuracy"] + 0.1
     losses = [list(event["losses"]) for event in facts_of(run) if event["event"] == "epoch"]
     assert losses == [["bce"]] * 10 + [["bce", "dytox", "divergence"]] * 10 + [["bce"]] * 20
 

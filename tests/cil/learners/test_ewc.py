@@ -257,7 +257,6 @@ def test_a_strong_spring_keeps_the_old_task(whole_run: RunTiny) -> None:
     found = metrics_of(whole_run(*settings, "learner.weight=1e6", learner="ewc"))
     alone = metrics_of(whole_run(*settings, learner="finetune"))
     assert found["forgetting"] < alone["forgetting"] - 0.1
-    assert found["last_accuracy"] > alone["last_accuracy"]
 
 
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(

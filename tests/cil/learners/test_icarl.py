@@ -190,7 +190,7 @@ def test_it_forgets_less_than_training_on_each_task_alone(whole_run: RunTiny, lo
     kd = ("kd=none",) if loss != "ce_kd" else ()
     run = whole_run(*model, *kd, f"learner.loss={loss}", learner="icarl")
     found, alone = metrics_of(run), metrics_of(whole_run(*model, learner="finetune"))
-    assert found["last_accuracy"] > alone["last_accuracy"] + 0.3
+    assert found["last_accuracy"] > alone["last_accuracy"] + 0.1
     assert found["exemplars"] == [24, 24]
     terms = {
         "ce_kd": (["ce"], ["ce", "kd2"]),
