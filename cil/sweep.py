@@ -45,7 +45,9 @@ def sweep(arguments: Sequence[str], program: str, config_name: str) -> int:
 
     if "RANK" in os.environ:
         raise ConfigError(["-m starts the runs itself: leave torchrun out, or start a single run with it"])
-    own = [word for word in arguments if not re.match(r"\+*hydra[./]", word)]
+    of_hydra = [word for word in arguments if re.match(r"\+*hydra[./]", word)]
+    # of words for one key the last counts
+    own = list({_key(word): word for word in arguments if word not in of_hydra}.values())
     if unknown_flags := [word for word in own if word.startswith("-")]:
         raise ConfigError([f"{unknown_flags[0]!r} is no option: write key=value; --help lists what there is"])
     swept, jobs = expand(own)
@@ -70,7 +72,7 @@ def sweep(arguments: Sequence[str], program: str, config_name: str) -> int:
             "hydra.output_subdir=null",
             *(f"hydra/{kind}=disabled" for kind in ("job_logging", "hydra_logging")),
             f"{_EXCLUDED}=[{','.join(constant)}]",
-            *(word for word in arguments if word not in own),
+            *of_hydra,
         ],
         program,
         config_name,
@@ -81,7 +83,7 @@ def sweep(arguments: Sequence[str], program: str, config_name: str) -> int:
 
 
 def expand(words: Sequence[str]) -> tuple[set[str], list[list[str]]]:
-    """The keys that are swept, and the words of every run, in Hydra's order; of words for one key the last counts.
+    """The keys that are swept, and the words of every run, in Hydra's order.
 
     Raises:
         ConfigError: If a word cannot be read.
@@ -89,9 +91,8 @@ def expand(words: Sequence[str]) -> tuple[set[str], list[list[str]]]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import OverrideParseException
 
-    words = list({_key(word): word for word in words}.values())
     try:
-        parsed = OverridesParser.create().parse_overrides(words)
+        parsed = OverridesParser.create().parse_overrides(list(words))
     except OverrideParseException as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
@@ -142,7 +143,11 @@ def _known(word: str) -> str:
 
 
 def _launch(words: list[str], program: str, config_name: str) -> bool:
-    """Hand over to Hydra; tells whether the sweep was interrupted."""
+    """Hand over to Hydra; tells whether the sweep was interrupted.
+
+    Raises:
+        ConfigError: If Hydra cannot begin; it has said why.
+    """
     import hydra
 
     from cil.cli import config_folder
@@ -153,6 +158,9 @@ def _launch(words: list[str], program: str, config_name: str) -> bool:
         hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)(run_job)()
     except KeyboardInterrupt:
         return True
+    except SystemExit as error:
+        launchers = "hydra/launcher=joblib (pip install dkt-incremental[parallel]) or submitit_slurm (...[slurm])"
+        raise ConfigError([f"Hydra could not begin the sweep, for the reason above; launchers: {launchers}"]) from error
     finally:
         sys.argv = before
     return False
