@@ -4,9 +4,11 @@ import json
 import os
 import re
 import sys
-from contextlib import nullcontext, redirect_stdout
+from contextlib import ExitStack, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from cil.stopping import Terminated, exit_code
 
 if TYPE_CHECKING:
     from cil.build import Run
@@ -190,7 +192,8 @@ def main(
     program: str = "train_incremental.py",
     config_name: str = "train_incremental",
 ) -> int:
-    """Run one command; returns the exit code: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted.
+    """Run one command; returns the exit code: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted
+    (SIGINT), 143 terminated (SIGTERM).
 
     Of the processes that torchrun starts, rank 0 speaks for all.
     """
@@ -221,11 +224,10 @@ def _main(arguments: list[str], program: str, config_name: str) -> int:
             return _refuse(error)
     try:
         return _run([argument for argument in arguments if argument != "--cfg"], show, config_name)
-    except KeyboardInterrupt:
-        if not _is_first():
-            return 130
-        print("interrupted; the same command again goes on from the last checkpoint", file=sys.stderr)
-        return 130
+    except (KeyboardInterrupt, Terminated) as error:
+        if _is_first():
+            print("interrupted; the same command again goes on from the last checkpoint", file=sys.stderr)
+        return exit_code(error)
 
 
 def _run(overrides: list[str], show: bool, config_name: str) -> int:
@@ -242,9 +244,18 @@ def _run(overrides: list[str], show: bool, config_name: str) -> int:
             return 0
         if config.plan:
             return _plan(config) if _is_first() else 0
-        run = _prepare(config)
     except ValueError as error:
         return _refuse(error) if _is_first() else 2
+    with ExitStack() as held:  # the lock of the run folder
+        try:
+            run = _prepare(config, held)
+        except ValueError as error:
+            return _refuse(error) if _is_first() else 2
+        return _carry_out(config, run)
+
+
+def _carry_out(config: "RunConfig", run: "Run | None") -> int:
+    """Train what is not finished, and report; returns the exit code."""
     if run is None:
         print(f"{config.name} is finished already; overwrite=true runs it again")
     else:
@@ -292,7 +303,7 @@ def _plan(config: "RunConfig") -> int:
     return 0
 
 
-def _prepare(config: "RunConfig") -> "Run | None":
+def _prepare(config: "RunConfig", held: ExitStack) -> "Run | None":
     """Build the parts of a run and open its folder; None if it is finished already. All processes stop if one cannot.
 
     Raises:
@@ -310,7 +321,7 @@ def _prepare(config: "RunConfig") -> "Run | None":
         if not finished:
             run = build(config)
             if _is_first():
-                open_folder(config)
+                held.enter_context(open_folder(config))
     except ValueError as error:
         problem = str(error)
     except OSError as error:
@@ -324,10 +335,15 @@ def _train(run: "Run") -> int:
     from cil import distributed
     from cil.engine import Engine, RunFailed
     from cil.events import EventLog, SilentLog
+    from cil.stopping import Signals
 
+    first = _is_first()
     try:
-        with EventLog(run.config.folder / "events.jsonl") if _is_first() else SilentLog() as log:
-            Engine(run, log).run()
+        with (
+            Signals(patient=not first) as signals,
+            EventLog(run.config.folder / "events.jsonl") if first else SilentLog() as log,
+        ):
+            Engine(run, log, signals).run()
     except ValueError as error:  # what a person can fix and only shows now: a damaged checkpoint, too few samples
         return _refuse(error) if distributed.first_to_speak() else 2
     except (RunFailed, OSError) as error:

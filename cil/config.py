@@ -96,6 +96,22 @@ class Evaluation(Section):
     continuum: bool = False
 
 
+class Checkpointing(Section):
+    """When a run is saved, beside the end of every stage; no part of what comes out.
+
+    Each says when a save is due; between two by time there is also at least fifty times as long as the last one took.
+
+    Attributes:
+        every_seconds: After so many seconds; null never by time.
+        every_steps: After so many steps of the optimiser; null never by steps.
+        every_epochs: After so many epochs of a phase; null never by epochs.
+    """
+
+    every_seconds: Annotated[float, Field(gt=0)] | None = 60.0
+    every_steps: Annotated[int, Field(gt=0)] | None = None
+    every_epochs: Annotated[int, Field(gt=0)] | None = None
+
+
 class Part(BaseModel):
     """A registered class by name, with its hyper-parameters beside the name; checked against its signature."""
 
@@ -179,6 +195,7 @@ class RunConfig(Section):
             when it counts (`Counting`).
         optim: How a phase is trained.
         evaluation: How results are read.
+        checkpoint: When the run is saved.
     """
 
     name: str = Field(pattern=_NAME)
@@ -197,6 +214,7 @@ class RunConfig(Section):
     kd: dict[str, dict[str, Any]] = {}
     optim: Recipe
     evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpointing = Checkpointing()
 
     @model_validator(mode="after")
     def _agree(self) -> "RunConfig":

@@ -91,9 +91,9 @@ class StaticDistillation(Learner):
         if self.distillation is not None:
             self.distillation.remember(ids, labels)
 
-    def begin_epoch(self, epoch: int, *, learning_rate: float, view_key: int) -> None:
+    def begin_epoch(self, epoch: int, *, learning_rate: float, view_key: int, again: bool = False) -> None:
         """An epoch begins, for the terms and for what is kept of the teacher."""
-        super().begin_epoch(epoch, learning_rate=learning_rate, view_key=view_key)
+        super().begin_epoch(epoch, learning_rate=learning_rate, view_key=view_key, again=again)
         if self._asked is not None:
             self._asked.begin_epoch(view_key)
 

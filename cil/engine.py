@@ -6,7 +6,8 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,13 +24,15 @@ from cil.folder import machine
 from cil.learners.base import Reading
 from cil.optim import Carried, learning_rates, make_optimizer, set_learning_rate, state_by_name, take_state
 from cil.progress import Progress
-from cil.results import History
+from cil.results import History, protocol
 from cil.seeding import SampleNoise, derive, sample_noise, seeded
 from cil.stages import Phase, Stage
+from cil.stopping import Signals
 from cil.transfer import num_auxiliary, taught_by
 from kd import DOT, Batch, Frozen
 from kd.distributed import rank, world_size
 
+_SAVE_SHARE = 50  # times as long as a save takes lie between two of them: 2 % of the time
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes per unit of ru_maxrss
 
 
@@ -39,12 +42,28 @@ class RunFailed(RuntimeError):
 
 @dataclass
 class Position:
-    """Where a run is: the next epoch to train."""
+    """Where a run is: the next step to train."""
 
     stage: int = 0
     begun: bool = False
     phase: int = 0
     epoch: int = 0
+    step: int = 0
+
+
+@dataclass
+class Epoch:
+    """What an epoch in work has come to.
+
+    Attributes:
+        sums: Each loss, summed over the steps.
+        images: Shown so far.
+        seconds: Spent so far.
+    """
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    images: int = 0
+    seconds: float = 0.0
 
 
 class Engine:
@@ -55,17 +74,21 @@ class Engine:
     Args:
         run: The parts of the run.
         log: The events; a `SilentLog` for all but rank 0.
+        signals: What ends the run from outside; None for nothing.
     """
 
-    def __init__(self, run: Run, log: EventLog) -> None:
+    def __init__(self, run: Run, log: EventLog, signals: Signals | None = None) -> None:
         self.parts = run
         self.config, self.data, self.tasks, self.samples = run.config, run.data, run.tasks, run.samples
         self.learner, self.memory, self.precision, self.reader = run.learner, run.memory, run.precision, run.reader
         self.batches = Batches(run)
         self.log = log
         self.folder = run.config.folder
+        self.signals = signals or Signals()
         self.position = Position()
+        self.epoch = Epoch()
         self.history = History()
+        self.saved_at, self.save_seconds, self.steps_since = time.monotonic(), 0.0, 0
         self.model: nn.Module = self.learner
         self.optimizer: torch.optim.Optimizer | None = None
         self.scaler = run.precision.scaler()
@@ -214,7 +237,8 @@ class Engine:
         if phase.source == "memory" and not self.memory_is_current(stage):
             self.choose_exemplars(stage)
         if self.position.phase != number:
-            self.position.phase, self.position.epoch, self.saved_optimizer = number, 0, None
+            self.position.phase, self.position.epoch, self.position.step = number, 0, 0
+            self.saved_optimizer = None
         self.learner.phase = phase
         self.set_trainable(phase)
         ids = self.batches.of_phase(phase, stage)
@@ -233,7 +257,7 @@ class Engine:
             fresh = [f"network.{part}" for part in self.learner.network.fresh_parts]
             take_state(self.optimizer, self.learner, self.carried.pop(phase.name), fresh)
         self.progress.phase(phase.name, phase.recipe.epochs, steps)
-        if self.position.epoch == 0:
+        if self.position.epoch == self.position.step == 0:
             self.log.write(
                 "phase_started",
                 stage=stage.index,
@@ -245,15 +269,15 @@ class Engine:
             )
         for epoch in range(self.position.epoch, phase.recipe.epochs):
             self.train_epoch(stage, number, phase, epoch, ids, rates)
-            self.position.epoch = epoch + 1
+            self.position.epoch, self.position.step, self.epoch = epoch + 1, 0, Epoch()
             every = self.config.evaluation.every_epochs
             if every and (epoch + 1) % every == 0 and epoch + 1 < phase.recipe.epochs:
                 self.evaluate(stage, f"{phase.name} epoch {epoch + 1}")
                 self.set_trainable(phase)
                 self.progress.phase(phase.name, phase.recipe.epochs, steps)
-            if self.writes:
-                with self.timed("checkpoint"):
-                    checkpoint.save_state(self.folder, stage.index, self.state())
+            wanted = self.config.checkpoint.every_epochs
+            if self.is_due() or (wanted and (epoch + 1) % wanted == 0):
+                self.save(stage)
         if phase.recipe.carries_state and self.learner.continues:
             self.carried[phase.name] = state_by_name(self.optimizer, self.learner)
         self.optimizer, self.model = None, self.learner
@@ -262,43 +286,42 @@ class Engine:
             self.history.before_finetuning.append(counts.accuracy)
 
     def train_epoch(self, stage: Stage, number: int, phase: Phase, epoch: int, ids: Tensor, rates: list[float]) -> None:
-        """One pass: augment, forward, sum, backward, step."""
+        """One pass, or the rest of one: augment, forward, sum, backward, step."""
         assert self.optimizer is not None
-        start = time.perf_counter()
+        start, first = time.perf_counter() - self.epoch.seconds, self.position.step
         key = self.batches.key(stage, number, epoch)
         by_step = phase.recipe.schedule.unit == "step"
         plan = self.batches.plan(ids, stage, number, phase, epoch)
-        sums: dict[str, Tensor] = {}
-        images = 0
-        shares = [(distributed.share(some), distributed.share(views)) for some, views in plan]
+        shares = [(distributed.share(some), distributed.share(views)) for some, views in plan][first:]
         view_key = self.batches.view_key(stage, number, phase, epoch)
         first_rate = rates[epoch * len(plan) if by_step else epoch]
-        self.learner.begin_epoch(epoch, learning_rate=first_rate, view_key=view_key)
+        self.learner.begin_epoch(epoch, learning_rate=first_rate, view_key=view_key, again=first > 0)
         stream = self.samples.images.stream(shares, view_key)
-        for step, ((some, _), (own, own_views), pixels) in enumerate(zip(plan, shares, stream, strict=True)):
-            set_learning_rate(self.optimizer, rates[epoch * len(plan) + step if by_step else epoch])
-            where = own.to(self.precision.device), own_views.to(self.precision.device)
-            noise = SampleNoise(key, *where)
-            batch = self.batch(SampleNoise(view_key, *where), own, pixels)
-            if world_size() > 1:
-                batch = self.with_labels_of_all(batch, some)
-            # DOT averages its two gradients over the processes itself
-            alone: AbstractContextManager[Any] = nullcontext()
-            if isinstance(self.optimizer, DOT) and isinstance(self.model, DistributedDataParallel):
-                alone = self.model.no_sync()
-            with seeded(key, step), sample_noise(noise), distributed.sharing(len(some)), alone:
-                with self.precision.autocast():
-                    if step == 0 and epoch == 0 and (line := self.learner.notice(batch)):
-                        self.progress.say(line)
-                    losses = self.model(batch)
-                self.learner.update(losses, self.optimizer, self.scaler, phase.recipe.clip_norm)
-            for name, loss in losses.items():
-                sums[name] = sums.get(name, 0) + loss.detach()
-            images += len(some)
-            shown = (
-                {name: float(loss.detach()) for name, loss in losses.items()} if self.progress.wants_losses() else None
-            )
-            self.progress.step(epoch, step, shown, len(some))
+        steps = zip(range(first, len(plan)), plan[first:], shares, stream, strict=True)
+        with self.signals.deferred():
+            for step, (some, _), (own, own_views), pixels in steps:
+                set_learning_rate(self.optimizer, rates[epoch * len(plan) + step if by_step else epoch])
+                where = own.to(self.precision.device), own_views.to(self.precision.device)
+                noise = SampleNoise(key, *where)
+                batch = self.batch(SampleNoise(view_key, *where), own, pixels)
+                if world_size() > 1:
+                    batch = self.with_labels_of_all(batch, some)
+                losses = self.step(phase, batch, noise, (key, epoch, step), len(some))
+                for name, loss in losses.items():
+                    self.epoch.sums[name] = self.epoch.sums.get(name, 0) + loss.detach()
+                self.epoch.images += len(some)
+                self.epoch.seconds = time.perf_counter() - start
+                self.position.step = step + 1
+                self.steps_since += 1
+                shown = None
+                if self.progress.wants_losses():
+                    shown = {name: float(loss.detach()) for name, loss in losses.items()}
+                self.progress.step(epoch, step, shown, len(some))
+                stopping = self.signals.pending is not None and not self.signals.patient
+                if stopping or (step + 1 < len(plan) and self.is_due()):
+                    self.save(stage)
+                    self.signals.raise_pending()
+        sums, images = self.epoch.sums, self.epoch.images
         means = {name: float(value) / len(plan) for name, value in sums.items()}
         seconds = time.perf_counter() - start
         if not np.isfinite(list(means.values())).all():
@@ -321,6 +344,32 @@ class Engine:
             images_per_second=images / seconds,
             seconds=seconds,
         )
+
+    def step(
+        self, phase: Phase, batch: Batch, noise: SampleNoise, place: tuple[int, int, int], num_all: int
+    ) -> dict[str, Tensor]:
+        """Forward, sum, backward, step; returns the losses.
+
+        Args:
+            phase: The phase in work.
+            batch: This process's share.
+            noise: What is random in the networks.
+            place: Key and number of the epoch, number of the step.
+            num_all: Samples of all processes.
+        """
+        assert self.optimizer is not None
+        key, epoch, step = place
+        # DOT averages its two gradients over the processes itself
+        alone: AbstractContextManager[Any] = nullcontext()
+        if isinstance(self.optimizer, DOT) and isinstance(self.model, DistributedDataParallel):
+            alone = self.model.no_sync()
+        with seeded(key, step), sample_noise(noise), distributed.sharing(num_all), alone:
+            with self.precision.autocast():
+                if step == 0 and epoch == 0 and (line := self.learner.notice(batch)):
+                    self.progress.say(line)
+                losses: dict[str, Tensor] = self.model(batch)
+            self.learner.update(losses, self.optimizer, self.scaler, phase.recipe.clip_norm)
+        return losses
 
     def batch(self, noise: SampleNoise, ids: Tensor, pixels: Tensor) -> Batch:
         """The augmented images of some samples."""
@@ -425,6 +474,30 @@ class Engine:
 
     # State
 
+    @cached_property
+    def protocol(self) -> str:
+        """What this run's results are comparable with; a state of another protocol is none of this run."""
+        return protocol(self.config, self.data, self.tasks)
+
+    def is_due(self) -> bool:
+        """Whether it is time to save the state."""
+        wanted = self.config.checkpoint
+        if wanted.every_steps and self.steps_since >= wanted.every_steps:
+            return True
+        if wanted.every_seconds is None:
+            return False
+        waited = time.monotonic() - self.saved_at
+        return waited >= max(wanted.every_seconds, _SAVE_SHARE * self.save_seconds)
+
+    def save(self, stage: Stage) -> None:
+        """Save the state, on rank 0."""
+        start = time.monotonic()
+        if self.writes:
+            with self.timed("checkpoint"):
+                checkpoint.save_state(self.folder, stage.index, self.state())
+        self.saved_at, self.steps_since = time.monotonic(), 0
+        self.save_seconds = self.saved_at - start
+
     def state(self) -> dict[str, Any]:
         """Everything the run needs to go on. Random numbers need no state: they come from keys (`cil.seeding`)."""
         training = None
@@ -435,6 +508,8 @@ class Engine:
             "structure": self.learner.structure(),
             "learner": self.learner.state_dict(),
             "training": training,
+            "epoch": asdict(self.epoch),
+            "protocol": self.protocol,
             "carried": self.carried,
             "memory": self.memory.state_dict(),
             "history": self.history.to_json(),
@@ -444,7 +519,7 @@ class Engine:
 
     def restore(self) -> None:
         """Go back to the newest checkpoint, if there is one."""
-        state = checkpoint.load_state(self.folder, self.precision.device)
+        state = checkpoint.load_state(self.folder, self.precision.device, self.protocol)
         resumed_at = None
         if state is not None:
             self.position = Position(**state["position"])
@@ -454,11 +529,12 @@ class Engine:
             self.prepare(self.parts.stage(min(self.position.stage, self.parts.num_stages - 1)))
             self.learner.load_state_dict(state["learner"])
             self.saved_optimizer = state["training"]
+            self.epoch = Epoch(**state["epoch"])
             self.carried = state["carried"]
             self.history = History(**state["history"])
             self.seconds.update(state["seconds"])
             self.log.truncate(state["log_position"])
-            resumed_at = {"stage": self.position.stage, "phase": self.position.phase, "epoch": self.position.epoch}
+            resumed_at = {key: value for key, value in asdict(self.position).items() if key != "begun"}
         else:
             self.log.truncate(0)
         self.log.write(

@@ -1,10 +1,14 @@
 """The run folder: made once, never overwritten, and only continued by the config that it was made with."""
 
+import fcntl
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +22,59 @@ from cil.precision import Precision
 _PLACE = {
     *("name", "runs_dir", "overwrite", "experiment"),
     *("data.root", "data.download", "data.num_workers", "data.prefetch"),
+    *("checkpoint.every_seconds", "checkpoint.every_steps", "checkpoint.every_epochs"),
 }
+_LOCK = ".lock"
 _PACKAGES = ("torch", "torchvision", "timm", "einops", "numpy", "scikit-learn", "pydantic", "hydra-core")
 
 
-def open_folder(config: RunConfig) -> None:
-    """Make the run folder, or check that the one that exists belongs to the same config.
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a folder to this process, not to its children; the system takes the lock away however the process ends.
+
+    Raises:
+        ConfigError: If another process has it.
+    """
+    with (folder / _LOCK).open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise ConfigError(
+                [f"{folder} is in use: another process runs in it; wait for its end, or choose another name="]
+            ) from error
+        except OSError as error:  # some network disks have no locks
+            print(f"{folder} cannot be locked ({error.strerror}): start nothing else in it", file=sys.stderr)
+        yield
+
+
+@contextmanager
+def open_folder(config: RunConfig) -> Iterator[None]:
+    """Make the run folder, or check that the one that exists belongs to the same config; it is locked inside.
 
     With `overwrite=true` an existing folder is moved aside to the first free `<name>.old-N`.
 
     Raises:
-        ConfigError: If the folder holds a run of another config, or something else.
+        ConfigError: If the folder holds a run of another config, or something else, or another process runs in it.
     """
     folder = config.folder
     if folder.exists() and config.overwrite:
         number = 1
         while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
             number += 1
-        os.replace(folder, aside)
+        with locked(folder):  # no run is moved away while it goes on
+            os.replace(folder, aside)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "config.yaml").exists() and any(entry.name != _LOCK for entry in folder.iterdir()):
+        raise ConfigError(
+            [f"{folder} exists and holds no run (no config.yaml): choose another name=, or overwrite=true to move it"]
+        )
+    with locked(folder):
+        _fill(config)
+        yield
+
+
+def _fill(config: RunConfig) -> None:
+    folder = config.folder
     path = folder / "config.yaml"
     if path.exists():
         if differing := _differing(config):
@@ -48,11 +87,6 @@ def open_folder(config: RunConfig) -> None:
                 ]
             )
         return
-    if folder.exists() and any(folder.iterdir()):
-        raise ConfigError(
-            [f"{folder} exists and holds no run (no config.yaml): choose another name=, or overwrite=true to move it"]
-        )
-    folder.mkdir(parents=True, exist_ok=True)
     versions = {package: importlib.metadata.version(package) for package in _PACKAGES}
     tree = config.model_dump(mode="json")
     text = yaml.safe_dump({"config": tree, "versions": versions, "git": git_state()}, sort_keys=False)

@@ -193,7 +193,7 @@ def run_job(_: Any) -> int:
             code = 1
             traceback.print_exc()
             print(f"error: {error!r}", file=sys.stderr)
-    if code == 130:
+    if code in (130, 143):
         raise KeyboardInterrupt
     errors = [line for line in said.getvalue().splitlines() if line.startswith("error: ")]
     folder = Path(hydra.runtime.output_dir)

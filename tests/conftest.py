@@ -29,6 +29,8 @@ TINY = (
     "memory.size=24",
     "optim.epochs=2",
     "precision=fp32",
+    "checkpoint.every_epochs=1",
+    "checkpoint.every_seconds=null",
 )
 SMALL_DKT = ("model.width=16", "model.num_heads=2", "model.depth=1", "model.mlp_ratio=1", "model.stem_width=8")
 

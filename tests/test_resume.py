@@ -122,7 +122,44 @@ def test_a_run_interrupted_after_every_single_checkpoint_ends_as_an_uninterrupte
     assert len(starts) == 1 + num_saves
     if learner == "dkt":
         assert num_saves == NUM_SAVES
-        assert starts[6] == {"stage": 1, "phase": 1, "epoch": 1}
+        assert starts[6] == {"stage": 1, "phase": 1, "epoch": 1, "step": 0}
+
+
+#: Learners whose steps leave something behind: sums over a phase, banks, two momenta, what an epoch begins with.
+IN_THE_MIDDLE: dict[str, tuple[str, tuple[str, ...]]] = {
+    "dkt": ("dkt", ()),
+    "dkt in bf16": ("dkt", ("precision=bf16",)),
+    "banks and two momenta": (
+        "replay",
+        (
+            *("model=resnet8", "model.width=4", "kd=[kd,crd]", "kd.crd.num_negatives=16", "kd.kd.warmup_epochs=2"),
+            *("optim.optimizer=dot", "optim.lr=0.02", "optim.lr_reference_batch=null", "optim.momentum=0.9"),
+        ),
+    ),
+    "imprinting": ("lucir", ("model=resnet8", "model.width=4")),
+    "Fisher information": ("ewc", ("model=resnet8", "model.width=4")),
+    "boosting and compression": ("foster", ("model=resnet8", "model.width=4", "learner.align_boosted=true")),
+}
+
+
+@pytest.mark.parametrize("case", IN_THE_MIDDLE)
+def test_a_run_interrupted_in_the_middle_of_epochs_ends_as_an_uninterrupted_one(
+    run_tiny: RunTiny, whole_run: RunTiny, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    learner, overrides = IN_THE_MIDDLE[case]
+    overrides = (*overrides, "scenario.classes=4", "optim.batch_size=32")
+    often = ("checkpoint.every_steps=2", "checkpoint.every_epochs=null")
+    whole = whole_run(*overrides, learner=learner)
+    for call in (2, 4, 3, 5):
+        with monkeypatch.context() as patch:
+            interrupt(patch, checkpoint, "save_state", call, after=True, what=KeyboardInterrupt)
+            run = run_tiny(*overrides, *often, learner=learner, code=INTERRUPTED)
+    run_tiny(*overrides, *often, learner=learner)
+    assert results_of(run) == results_of(whole)
+    assert_same_weights(weights_of(run), weights_of(whole))
+    assert facts_of(run) == facts_of(whole)
+    starts = [event["resumed_at"] for event in read_events(run / "events.jsonl") if event["event"] == "run_started"]
+    assert sum(start is not None and start["step"] > 0 for start in starts) >= 2
 
 
 @pytest.mark.slow
@@ -232,7 +269,7 @@ def test_a_folder_of_something_else_is_left_alone(run_tiny: RunTiny, capsys: pyt
     assert content_of(folder) == {"notes.txt": b"mine"}
 
 
-def test_a_damaged_state_is_named_and_the_run_goes_on_without_it(
+def test_a_damaged_state_is_named_and_the_run_goes_on_from_the_one_before(
     run_tiny: RunTiny, whole_run: RunTiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patch:
@@ -241,12 +278,26 @@ def test_a_damaged_state_is_named_and_the_run_goes_on_without_it(
     state = run / "stage_001" / "state.pt"
     state.write_bytes(state.read_bytes()[:-200])
     capsys.readouterr()
+    assert_as_if_nothing_happened(run_tiny(), whole_run())
+    message = capsys.readouterr().err
+    assert f"{state}: missing or damaged" in message
+    assert "passed over for the checkpoint before it" in message
+    assert len(message.splitlines()) == 1
+
+
+def test_without_any_good_state_a_run_is_refused(
+    run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt(patch, checkpoint, "save_state", 2, after=True, what=KeyboardInterrupt)
+        run = run_tiny(code=INTERRUPTED)
+    for state in run.glob("stage_*/state*.pt"):
+        state.write_bytes(state.read_bytes()[:-200])
+    capsys.readouterr()
     run_tiny(code=2)
     message = capsys.readouterr().err
-    assert f"{state}: damaged, cannot be read" in message
-    assert len(message.splitlines()) <= 12
-    state.unlink()
-    assert_as_if_nothing_happened(run_tiny(), whole_run())
+    assert "there is no good checkpoint before it, overwrite=true begins again" in message
+    assert len(message.splitlines()) == 1
 
 
 def test_begin_stage_does_not_run_twice(run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,3 +364,48 @@ def test_the_momenta_of_dot_go_on_after_a_stop_in_any_stage(
         interrupt(patched, checkpoint, "save_state", call, after=True, what=KeyboardInterrupt)
         run_tiny(*words, learner="replay", code=INTERRUPTED)
     assert_as_if_nothing_happened(run_tiny(*words, learner="replay"), whole)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_the_step_and_has_its_own_exit_code(
+    run_tiny: RunTiny,
+    whole_run: RunTiny,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: int,
+    code: int,
+) -> None:
+    seldom = ("checkpoint.every_epochs=null",)
+    with monkeypatch.context() as patch:
+        original, calls = Engine.step, 0
+
+        def signalled(self: Engine, *arguments: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 4:
+                os.kill(os.getpid(), number)
+            return original(self, *arguments)
+
+        patch.setattr(Engine, "step", signalled)
+        run = run_tiny(*seldom, code=code)
+    assert "stopping: the step is finished and saved first" in capsys.readouterr().err
+    assert (run / "stage_000" / "state.pt").exists()
+    run_tiny(*seldom)
+    assert results_of(run) == results_of(whole_run())
+    assert_same_weights(weights_of(run), weights_of(whole_run()))
+    starts = [event["resumed_at"] for event in read_events(run / "events.jsonl") if event["event"] == "run_started"]
+    assert starts == [None, {"stage": 0, "phase": 0, "epoch": 0, "step": 4}]
+
+
+def test_a_second_signal_ends_a_run_at_once(
+    run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def signalled(self: Engine, *arguments: Any) -> Any:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr(Engine, "step", signalled)
+    run = run_tiny(code=INTERRUPTED)
+    assert not list(run.glob("stage_*/state.pt"))
+    assert "interrupted; the same command again" in capsys.readouterr().err

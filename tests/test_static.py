@@ -178,7 +178,8 @@ def interrupted_after(num_epochs: int, words: list[str]) -> None:
     from cil.folder import open_folder
 
     run: Run = StaticRun.build(config)
-    open_folder(config)
+    with open_folder(config):
+        pass
     with EventLog(config.folder / "events.jsonl") as log:
         engine = Engine(run, log)
         trained = 0

@@ -119,16 +119,18 @@ class Learner(nn.Module):
         if self.distillation is not None and self.teacher is not None:  # before that nothing is compared
             self.distillation.remember(ids, labels)
 
-    def begin_epoch(self, epoch: int, *, learning_rate: float, view_key: int) -> None:
+    def begin_epoch(self, epoch: int, *, learning_rate: float, view_key: int, again: bool = False) -> None:
         """An epoch of the phase in work begins.
 
         Args:
             epoch: Counts from 0.
             learning_rate: Its first rate.
             view_key: Where the augmentation of its samples comes from: equal keys show equal views.
+            again: The epoch goes on after a resume; what its beginning changed in the state is there.
         """
         # fine-tuning on the memory comes after the end of a schedule, it does not start it again
-        if self.distillation is not None and (self.phase is None or self.phase.source != "memory"):
+        counts = self.phase is None or self.phase.source != "memory"
+        if self.distillation is not None and counts and not again:
             self.distillation.begin_epoch(epoch, learning_rate=learning_rate)
 
     def notice(self, batch: Batch) -> str | None:

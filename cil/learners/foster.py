@@ -197,10 +197,10 @@ class FOSTER(Learner):
             sizes[-self.network.task_sizes[-1] :] = self.new_class_size
         return class_weights(sizes, beta)
 
-    def begin_epoch(self, epoch: int, *, learning_rate: float, view_key: int) -> None:
+    def begin_epoch(self, epoch: int, *, learning_rate: float, view_key: int, again: bool = False) -> None:
         """An epoch begins; the first of compression aligns the boosted head, if that is asked for."""
-        super().begin_epoch(epoch, learning_rate=learning_rate, view_key=view_key)
-        if self.align_boosted and self.compresses and epoch == 0:  # a resume comes back here only if nothing was saved
+        super().begin_epoch(epoch, learning_rate=learning_rate, view_key=view_key, again=again)
+        if self.align_boosted and self.compresses and epoch == 0 and not again:
             align(self.network.head, sum(self.network.task_sizes[:-1]))
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:

@@ -176,10 +176,10 @@ class LUCIR(Learner):
         """Whether the phase in work is the one before training."""
         return self.phase is not None and self.phase.name == IMPRINTING
 
-    def begin_epoch(self, epoch: int, *, learning_rate: float, view_key: int) -> None:
+    def begin_epoch(self, epoch: int, *, learning_rate: float, view_key: int, again: bool = False) -> None:
         """An epoch begins; before the first of training, the vectors of the new classes are set."""
-        super().begin_epoch(epoch, learning_rate=learning_rate, view_key=view_key)
-        first = self.phase is not None and self.phase.name == TRAINING and epoch == 0
+        super().begin_epoch(epoch, learning_rate=learning_rate, view_key=view_key, again=again)
+        first = self.phase is not None and self.phase.name == TRAINING and epoch == 0 and not again
         if self.imprint and first and self.network.num_tasks > 1:
             self._set_new()
 

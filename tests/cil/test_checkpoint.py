@@ -109,7 +109,9 @@ def test_a_damaged_state_is_named_with_what_to_do(tmp_path: Path, content: bytes
     checkpoint.save_state(tmp_path, 1, state_of(**learner_of()))
     path = tmp_path / "stage_001" / "state.pt"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"state\.pt: damaged, cannot be read .*; remove it to go on from the stage"):
+    with pytest.raises(
+        ValueError, match=r"state\.pt: missing or damaged \(its checksum is not .*overwrite=true begins"
+    ):
         checkpoint.load_state(tmp_path, CPU)
 
 
@@ -118,9 +120,9 @@ def test_a_state_that_would_run_code_is_not_loaded(tmp_path: Path) -> None:
         def __reduce__(self) -> tuple[Any, ...]:
             return (os.mkdir, (str(tmp_path / "ran"),))
 
-    (tmp_path / "stage_000").mkdir()
-    torch.save({"format": checkpoint.FORMAT, "learner": Evil()}, tmp_path / "stage_000" / "state.pt")
-    with pytest.raises(ValueError, match="damaged"):
+    evil = {"format": checkpoint.FORMAT, "learner": Evil()}
+    checkpoint.write_checked(tmp_path / "stage_000" / "state.pt", lambda file: torch.save(evil, file))
+    with pytest.raises(ValueError, match="cannot be read"):
         checkpoint.load_state(tmp_path, CPU)
     assert not (tmp_path / "ran").exists()
 
@@ -142,3 +144,98 @@ def test_missing_weights_of_a_finished_stage_are_named(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(ValueError, match=r"network\.safetensors: missing or damaged"):
         checkpoint.load_state(tmp_path, CPU)
+
+
+def damage(path: Path, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    if how == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "bit flipped":
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    elif how == "missing":
+        path.unlink()
+    else:
+        raise AssertionError(how)
+
+
+@pytest.mark.parametrize("how", ["truncated", "bit flipped", "missing"])
+def test_the_state_before_is_used_aloud_when_the_newest_is_damaged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], how: str
+) -> None:
+    for seed in (0, 1):
+        checkpoint.save_state(tmp_path, 1, state_of(**learner_of(seed)))
+    damage(tmp_path / "stage_001" / "state.pt", how)
+    found = checkpoint.load_state(tmp_path, CPU)
+    assert found is not None
+    assert found["learner"]["network.weight"].equal(learner_of(0)["network.weight"])
+    said = capsys.readouterr().err
+    if how != "missing":
+        assert "stage_001/state.pt: missing or damaged" in said
+        assert "passed over for the checkpoint before it" in said
+
+
+@pytest.mark.parametrize("name", ["network.safetensors", "state.pt", "checksums.json"])
+def test_a_damaged_stage_leads_back_to_the_stage_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    for stage in (0, 1):
+        checkpoint.save_stage(tmp_path, stage, state_of(**learner_of(stage)), {})
+    damage(tmp_path / "stage_001" / name, "bit flipped" if name != "checksums.json" else "truncated")
+    found = checkpoint.load_state(tmp_path, CPU)
+    assert found is not None
+    assert found["learner"]["network.weight"].equal(learner_of(0)["network.weight"])
+    assert f"stage_001/{name}: missing or damaged" in capsys.readouterr().err
+
+
+def test_a_state_of_another_protocol_or_format_is_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint.save_state(tmp_path, 0, {**state_of(**learner_of(0)), "protocol": "mine"})
+    checkpoint.save_state(tmp_path, 0, {**state_of(**learner_of(1)), "protocol": "other"})
+    found = checkpoint.load_state(tmp_path, CPU, "mine")
+    assert found is not None
+    assert found["protocol"] == "mine"
+    assert "of protocol other, this run has mine" in capsys.readouterr().err
+    monkeypatch.setattr(checkpoint, "FORMAT", 99)
+    checkpoint.save_state(tmp_path, 1, state_of(**learner_of()))
+    monkeypatch.undo()
+    found = checkpoint.load_state(tmp_path, CPU, "mine")
+    assert found is not None
+    assert "written in format 99" in capsys.readouterr().err
+
+
+def test_a_kill_between_any_two_steps_of_saving_leaves_a_good_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = os.replace
+    for kill_at in (1, 2, 3):  # of the checksums, of the old state, of the new one
+        run = tmp_path / str(kill_at)
+        checkpoint.save_state(run, 0, state_of(**learner_of(0)))
+        calls = 0
+
+        def killed(old: Path, new: Path, kill_at: int = kill_at) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == kill_at:
+                raise KeyboardInterrupt
+            replace(old, new)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", killed)
+            with pytest.raises(KeyboardInterrupt):
+                checkpoint.save_state(run, 0, state_of(**learner_of(1)))
+        found = checkpoint.load_state(run, CPU)
+        assert found is not None
+        assert found["learner"]["network.weight"].equal(learner_of(0)["network.weight"])
+        checkpoint.save_state(run, 0, state_of(**learner_of(2)))
+        found = checkpoint.load_state(run, CPU)
+        assert found is not None
+        assert found["learner"]["network.weight"].equal(learner_of(2)["network.weight"])
+
+
+def test_two_states_are_kept_of_a_run(tmp_path: Path) -> None:
+    for stage in (0, 1):
+        for seed in range(3):
+            checkpoint.save_state(tmp_path, stage, state_of(**learner_of(seed)))
+    assert sorted(path.name for path in tmp_path.rglob("state*.pt")) == ["state.previous.pt", "state.pt", "state.pt"]
