@@ -116,6 +116,12 @@ def save_state(run: Path, stage: int, state: dict[str, Any]) -> None:
         (stage_folder(run, stage - 1) / _PREVIOUS).unlink(missing_ok=True)
 
 
+def forget_previous(run: Path) -> None:
+    """Keep of a finished run its newest state alone."""
+    for path in run.glob(f"stage_*/{_PREVIOUS}"):
+        path.unlink()
+
+
 def save_stage(
     run: Path, stage: int, state: dict[str, Any], summary: dict[str, Any], means: Tensor | None = None
 ) -> None:

@@ -50,6 +50,10 @@ class Position:
     epoch: int = 0
     step: int = 0
 
+    def text(self) -> str:
+        """For a person: what a state saved here goes on with."""
+        return f"the state of stage {self.stage}, phase {self.phase}, epoch {self.epoch}, step {self.step}"
+
 
 @dataclass
 class Epoch:
@@ -89,6 +93,7 @@ class Engine:
         self.epoch = Epoch()
         self.history = History()
         self.saved_at, self.save_seconds, self.steps_since = time.monotonic(), 0.0, 0
+        self.kept = "nothing, it had not been saved yet"
         self.model: nn.Module = self.learner
         self.optimizer: torch.optim.Optimizer | None = None
         self.scaler = run.precision.scaler()
@@ -144,7 +149,8 @@ class Engine:
             "run_finished", wall_seconds=report["wall_seconds"], images_per_second=report["images_per_second"]
         )
         if self.writes:
-            checkpoint.write_json(self.folder / "metrics.json", report)  # last: from now on the run counts as finished
+            checkpoint.write_json(self.folder / "metrics.json", report)  # from now on the run counts as finished
+            checkpoint.forget_previous(self.folder)
         return report
 
     # Stages
@@ -223,6 +229,7 @@ class Engine:
         if self.writes:
             means = self.means if self.learner.read_by == "nearest_mean" else None
             checkpoint.save_stage(self.folder, stage.index, self.state(), summary, means)
+        self.kept = self.position.text()
         self.parts.tell(self.progress, history, self.num_images, stage)
 
     def report(self) -> dict[str, Any]:
@@ -319,16 +326,13 @@ class Engine:
                 self.progress.step(epoch, step, shown, len(some))
                 stopping = self.signals.pending is not None and not self.signals.patient
                 if stopping or (step + 1 < len(plan) and self.is_due()):
+                    self.check_finite(phase)
                     self.save(stage)
                     self.signals.raise_pending()
         sums, images = self.epoch.sums, self.epoch.images
         means = {name: float(value) / len(plan) for name, value in sums.items()}
         seconds = time.perf_counter() - start
-        if not np.isfinite(list(means.values())).all():
-            raise RunFailed(
-                f"stage {stage.index}, phase {phase.name}, epoch {epoch}: the loss is not finite ({means}); the state "
-                "before this epoch is kept. Try a lower optim.lr, optim.clip_norm=1 or precision=fp32"
-            )
+        self.check_finite(phase)
         self.history.images += images
         self.history.training_seconds += seconds
         self.seconds[phase.name] += seconds
@@ -344,6 +348,25 @@ class Engine:
             images_per_second=images / seconds,
             seconds=seconds,
         )
+
+    def check_finite(self, phase: Phase) -> None:
+        """Refuse to save or go on with numbers that are none.
+
+        Raises:
+            RunFailed: If a loss of this epoch, or a weight, is not finite.
+        """
+        position = self.position
+        losses = {name: float(value) / max(position.step, 1) for name, value in self.epoch.sums.items()}
+        weights = (name for name, value in self.learner.named_parameters() if not torch.isfinite(value).all())
+        if not np.isfinite(list(losses.values())).all():
+            what = f"the loss is not finite ({losses})"
+        elif (name := next(weights, None)) is not None:
+            what = f"a weight is not finite ({name}; losses {losses})"
+        else:
+            return
+        where = f"stage {position.stage}, phase {phase.name}, epoch {position.epoch}, step {position.step}"
+        advice = "Try a lower optim.lr, optim.clip_norm=1 or precision=fp32"
+        raise RunFailed(f"{where}: {what}; kept is {self.kept}. {advice}")
 
     def step(
         self, phase: Phase, batch: Batch, noise: SampleNoise, place: tuple[int, int, int], num_all: int
@@ -495,6 +518,7 @@ class Engine:
         if self.writes:
             with self.timed("checkpoint"):
                 checkpoint.save_state(self.folder, stage.index, self.state())
+        self.kept = self.position.text()
         self.saved_at, self.steps_since = time.monotonic(), 0
         self.save_seconds = self.saved_at - start
 
@@ -531,6 +555,7 @@ class Engine:
             self.saved_optimizer = state["training"]
             self.epoch = Epoch(**state["epoch"])
             self.carried = state["carried"]
+            self.kept = self.position.text()
             self.history = History(**state["history"])
             self.seconds.update(state["seconds"])
             self.log.truncate(state["log_position"])

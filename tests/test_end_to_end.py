@@ -138,11 +138,11 @@ def test_a_memory_that_does_not_divide_stays_below_its_size(run_tiny: RunTiny) -
 
 def test_a_run_folder_holds_what_it_should_and_nothing_else(finished: Path, learner: str) -> None:
     means = ["class_means.safetensors"] if learner == "icarl" else []
-    files = ("network.safetensors", "stage.json", *means)
+    files = ("network.safetensors", "stage.json", "checksums.json", *means)
     stages = [f"stage_{stage:03}/{file}" for stage in range(3) for file in files]
     states = [f"stage_{stage:03}/state.pt" for stage in range(3)]
     assert sorted(content_of(finished)) == sorted(
-        ["config.yaml", "events.jsonl", "metrics.json", "report.html", *stages, *states]
+        [".lock", "config.yaml", "events.jsonl", "metrics.json", "report.html", *stages, *states]
     )
 
 

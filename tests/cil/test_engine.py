@@ -138,11 +138,32 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_state_before(
         return {name: loss * (float("nan") if engine.position.epoch else 1) for name, loss in losses.items()}
 
     monkeypatch.setattr(type(engine.learner), "forward", forward)
-    with pytest.raises(RunFailed, match=r"stage 0, phase training, epoch 1: the loss is not finite .*optim.lr"):
+    kept = r"kept is the state of stage 0, phase 0, epoch 1, step 0"
+    with pytest.raises(
+        RunFailed, match=rf"stage 0, phase training, epoch 1, step \d+: the loss is not finite .*{kept}.*optim.lr"
+    ):
         engine.run()
     state = checkpoint.load_state(engine.folder, torch.device("cpu"))
     assert state is not None
-    assert state["position"] == {"stage": 0, "begun": True, "phase": 0, "epoch": 1}
+    assert state["position"] == {"stage": 0, "begun": True, "phase": 0, "epoch": 1, "step": 0}
+    assert all(value.isfinite().all() for value in state["learner"].values())
+
+
+def test_weights_that_are_not_finite_are_never_saved(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine("checkpoint.every_steps=2", learner="replay")
+    original = type(engine.learner).update
+
+    def update(self: Any, *arguments: Any) -> None:
+        original(self, *arguments)
+        if engine.position.step == 3:
+            with torch.no_grad():
+                next(self.network.parameters()).fill_(float("inf"))
+
+    monkeypatch.setattr(type(engine.learner), "update", update)
+    with pytest.raises(RunFailed, match=r"step 4: a weight is not finite \(network\..*kept is the state .* step 2"):
+        engine.run()
+    state = checkpoint.load_state(engine.folder, torch.device("cpu"))
+    assert state is not None
     assert all(value.isfinite().all() for value in state["learner"].values())
 
 
@@ -151,7 +172,7 @@ def test_the_state_is_everything_a_fresh_engine_needs(make_engine: MakeEngine, t
     engine.run()
     state = checkpoint.load_state(engine.folder, torch.device("cpu"))
     assert state is not None
-    parts = "format position structure learner training carried memory history seconds log_position"
+    parts = "format protocol position epoch structure learner training carried memory history seconds log_position"
     assert state.keys() == set(parts.split())
     fresh = Engine(Run.build(engine.config), engine.log)
     fresh.restore()
