@@ -19,7 +19,7 @@ from cil.cli import main as run
 from cil.config import ConfigError, check
 from cil.report.comparison import Group, paired
 from cil.report.folders import RunFolder, is_run, read_run
-from cil.report.table import as_table
+from cil.report.table import against_base, as_table
 
 BASE = "base"
 Words = list[str]
@@ -141,16 +141,16 @@ class Runs:
             for change in changes:
                 if seed in self.seeds(change):
                     code = run(self.words(change, seed), config_name=self.ablation.program)
-                    if code == 130:
+                    if code in (130, 143):  # a signal is meant for the whole
                         return code
                     worst = max(worst, code)
         return worst
 
     def table(self) -> str:
         """The base and every change that has begun, in Markdown."""
-        groups = [group for change in self.changes if (group := self.group(change)).runs]
-        base = groups[0] if groups and groups[0].label == BASE else None
-        return as_table(groups, base)
+        base = self.group(BASE)
+        changed = [group for change in self.ablation.changes if (group := self.group(change)).runs]
+        return against_base(base, changed) if base.runs else as_table(changed)
 
 
 def _with_seed(group: Group, seed: int) -> Group:

@@ -14,7 +14,7 @@ from cil.ablate import BASE, Ablation, Runs, main, read, slug
 from cil.cli import config_folder
 from cil.report.comparison import Group, paired
 from cil.report.folders import read_run
-from cil.report.table import as_table
+from cil.report.table import against_base
 from tests.cil.report.conftest import write_run
 from tests.cil.test_sweep import QUICK
 from tests.run_folders import metrics_of
@@ -153,7 +153,7 @@ def test_without_a_common_seed_or_any_spread_there_is_no_test(tmp_path: Path) ->
     same = paired(base, base, "last_accuracy")
     assert same is not None
     assert (same.mean, same.std, same.p_value) == (0.0, None, None)
-    assert "| base | 1 |" in as_table([base, other], base)
+    assert "| base | 1 |" in against_base(base, [other])
 
 
 def test_slugs_are_folder_names() -> None:
