@@ -1,5 +1,6 @@
 """The loop over stages, phases, epochs and batches; the only place that sums, logs and steps."""
 
+import itertools
 import resource
 import sys
 import time
@@ -63,11 +64,13 @@ class Epoch:
         sums: Each loss, summed over the steps.
         images: Shown so far.
         seconds: Spent so far.
+        skipped: Steps left out, of which the losses do not count.
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     images: int = 0
     seconds: float = 0.0
+    skipped: int = 0
 
 
 class Engine:
@@ -255,7 +258,7 @@ class Engine:
         rates = learning_rates(phase.recipe.schedule, phase.recipe.epochs, phase.recipe.peak_lr, steps)
         self.model = distributed.wrap(self.learner)
         self.optimizer = make_optimizer(self.learner, phase.recipe)
-        self.scaler = self.precision.scaler()
+        self.scaler = self.precision.scaler(skips=phase.recipe.skip_nonfinite)
         if self.saved_optimizer is not None:
             self.optimizer.load_state_dict(self.saved_optimizer["optimizer"])
             self.scaler.load_state_dict(self.saved_optimizer["scaler"])
@@ -330,7 +333,9 @@ class Engine:
                     self.save(stage)
                     self.signals.raise_pending()
         sums, images = self.epoch.sums, self.epoch.images
-        means = {name: float(value) / len(plan) for name, value in sums.items()}
+        if self.epoch.skipped == len(plan):
+            raise RunFailed(f"stage {stage.index}, phase {phase.name}, epoch {epoch}: no step had finite gradients")
+        means = {name: float(value) / (len(plan) - self.epoch.skipped) for name, value in sums.items()}
         seconds = time.perf_counter() - start
         self.check_finite(phase)
         self.history.images += images
@@ -356,8 +361,10 @@ class Engine:
             RunFailed: If a loss of this epoch, or a weight, is not finite.
         """
         position = self.position
-        losses = {name: float(value) / max(position.step, 1) for name, value in self.epoch.sums.items()}
-        weights = (name for name, value in self.learner.named_parameters() if not torch.isfinite(value).all())
+        counted = max(position.step - self.epoch.skipped, 1)
+        losses = {name: float(value) / counted for name, value in self.epoch.sums.items()}
+        values = itertools.chain(self.learner.named_parameters(), self.learner.network.named_buffers())
+        weights = (name for name, value in values if not torch.isfinite(value).all())
         if not np.isfinite(list(losses.values())).all():
             what = f"the loss is not finite ({losses})"
         elif (name := next(weights, None)) is not None:
@@ -371,7 +378,7 @@ class Engine:
     def step(
         self, phase: Phase, batch: Batch, noise: SampleNoise, place: tuple[int, int, int], num_all: int
     ) -> dict[str, Tensor]:
-        """Forward, sum, backward, step; returns the losses.
+        """Forward, sum, backward, step; returns the losses, none of a step that was left out.
 
         Args:
             phase: The phase in work.
@@ -386,12 +393,21 @@ class Engine:
         alone: AbstractContextManager[Any] = nullcontext()
         if isinstance(self.optimizer, DOT) and isinstance(self.model, DistributedDataParallel):
             alone = self.model.no_sync()
+        before = [(buffer, buffer.clone()) for buffer in self.learner.buffers()] if phase.recipe.skip_nonfinite else []
         with seeded(key, step), sample_noise(noise), distributed.sharing(num_all), alone:
             with self.precision.autocast():
                 if step == 0 and epoch == 0 and (line := self.learner.notice(batch)):
                     self.progress.say(line)
                 losses: dict[str, Tensor] = self.model(batch)
+            scale = self.scaler.get_scale()
             self.learner.update(losses, self.optimizer, self.scaler, phase.recipe.clip_norm)
+        if self.scaler.get_scale() < scale:
+            self.history.skipped_steps += 1
+            if phase.recipe.skip_nonfinite:
+                for buffer, value in before:
+                    buffer.copy_(value)
+                self.epoch.skipped += 1
+                return {}
         return losses
 
     def batch(self, noise: SampleNoise, ids: Tensor, pixels: Tensor) -> Batch:

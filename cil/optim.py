@@ -139,6 +139,7 @@ class Recipe(BaseModel):
         delta: For `dot`: how much longer the momentum of the distillation lasts; null takes its default.
         carry_state: Whether the optimiser's state (momenta) of a parameter goes on into the next task, with zeros for
             what is new in it; null does so for `dot` only. Otherwise every task begins with a new optimiser.
+        skip_nonfinite: Leave out a step whose loss or gradient is not finite, and count it, instead of ending the run.
         clip_norm: Largest allowed norm of the whole gradient; null does not clip.
         epochs: Passes over the samples, in each task.
         initial_epochs: The same for the first task; null takes `epochs`.
@@ -161,6 +162,7 @@ class Recipe(BaseModel):
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] | None = None
     delta: Annotated[float, Field(ge=0, lt=1)] | None = None
     carry_state: bool | None = None
+    skip_nonfinite: bool = False
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     epochs: int = Field(500, gt=0)
     initial_epochs: Annotated[int, Field(gt=0)] | None = None

@@ -10,6 +10,8 @@ import torch
 PrecisionName = Literal["auto", "fp32", "bf16", "fp16", "fp64"]
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
+_NEVER = 2**31 - 1  # steps until a scale grows
+
 
 def has_bf16(device: torch.device) -> bool:
     """Whether `device` multiplies bfloat16 matrices in hardware (AVX-512 BF16 or AMX on a CPU)."""
@@ -71,6 +73,13 @@ class Precision:
             return torch.autocast(self.device.type, _AUTOCAST[self.name])
         return nullcontext()
 
-    def scaler(self) -> torch.amp.GradScaler:
-        """Loss scaling, switched on for fp16 only."""
-        return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")
+    def scaler(self, *, skips: bool = False) -> torch.amp.GradScaler:
+        """Loss scaling, which leaves out a step whose gradients are not finite; switched on for fp16.
+
+        Args:
+            skips: Leave such steps out in other formats too. The scale is 1 then, and half of that after each:
+                powers of two, which change no digit.
+        """
+        if self.name == "fp16" or not skips:
+            return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")
+        return torch.amp.GradScaler(self.device.type, init_scale=1.0, growth_interval=_NEVER)

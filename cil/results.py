@@ -31,6 +31,7 @@ class History:
         test_reads: How often the test set was read.
         accuracy_by: Accuracy over all seen classes after each stage by the way of reading it: `classifier`, and
             `nearest_mean` where there are exemplars.
+        skipped_steps: Left out because a gradient was not finite (fp16, `optim.skip_nonfinite`).
     """
 
     correct: list[list[int]] = field(default_factory=list)
@@ -42,6 +43,7 @@ class History:
     training_seconds: float = 0.0
     test_reads: int = 0
     accuracy_by: dict[str, list[float]] = field(default_factory=dict)
+    skipped_steps: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -110,6 +112,7 @@ def metrics(
         "exemplars": history.exemplars,
         "exemplar_bytes": history.exemplars[-1] * math.prod(data.train.input_shape) if history.exemplars else None,
         "views_trained": history.images,
+        "skipped_steps": history.skipped_steps,
         "test_reads": history.test_reads,
     }
     if config.evaluation.continuum:
@@ -168,6 +171,7 @@ def static_metrics(
         "num_parameters": history.num_parameters[-1] if history.num_parameters else None,
         "num_parameters_after": history.num_parameters,
         "views_trained": history.images,
+        "skipped_steps": history.skipped_steps,
         "test_reads": history.test_reads,
     }
     plain: dict[str, Any] = plain_values(report)

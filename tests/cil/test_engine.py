@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,26 @@ def test_weights_that_are_not_finite_are_never_saved(make_engine: MakeEngine, mo
     state = checkpoint.load_state(engine.folder, torch.device("cpu"))
     assert state is not None
     assert all(value.isfinite().all() for value in state["learner"].values())
+
+
+@pytest.mark.parametrize("model", [(), ("model=resnet8", "model.width=4")])
+def test_a_step_without_finite_gradients_is_left_out_and_counted_if_that_is_asked_for(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, model: tuple[str, ...]
+) -> None:
+    engine = make_engine("optim.skip_nonfinite=true", *model, learner="replay")
+    original = type(engine.learner).forward
+
+    def forward(self: Any, batch: Batch) -> dict[str, Tensor]:
+        if engine.position.step == 2:
+            batch = replace(batch, images=batch.images * float("inf"))
+        return original(self, batch)
+
+    monkeypatch.setattr(type(engine.learner), "forward", forward)
+    report = engine.run()
+    epochs = [event for event in read_events(engine.folder / "events.jsonl") if event["event"] == "epoch"]
+    assert report["skipped_steps"] == len(epochs) > 3
+    assert all(event["losses"]["ce"] is not None for event in epochs)
+    assert all(value.isfinite().all() for value in engine.learner.state_dict().values())
 
 
 def test_the_state_is_everything_a_fresh_engine_needs(make_engine: MakeEngine, tmp_path: Path) -> None:
