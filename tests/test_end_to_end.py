@@ -187,7 +187,7 @@ def test_losses_are_logged_by_name(whole_run: RunTiny) -> None:
 def test_states_are_loadable_without_running_code(whole_run: RunTiny) -> None:
     for stage in range(3):
         state = torch.load(whole_run() / f"stage_{stage:03}" / "state.pt", weights_only=True)
-        assert state["position"] == {"stage": stage + 1, "begun": False, "phase": 0, "epoch": 0}
+        assert state["position"] == {"stage": stage + 1, "begun": False, "phase": 0, "epoch": 0, "step": 0}
 
 
 def test_weights_carry_no_name_date_or_path(whole_run: RunTiny, run_tiny: RunTiny) -> None:

@@ -48,7 +48,7 @@ def refuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refuse:
         ("data.augment.crop.paddin=2", "data.augment.crop.paddin: unknown key 'paddin'; did you mean 'padding'?"),
         ("kd.dkt.temprature=2", "kd.dkt.temprature: unknown key 'temprature'; did you mean 'temperature'?"),
         ("learner.finetune_epoch=2", "learner.finetune_epoch: unknown key"),
-        ("zzz.like.this=1", "zzz: unknown key 'zzz'. Known: data, data_seed, device, "),
+        ("zzz.like.this=1", "zzz: unknown key 'zzz'. Known: checkpoint, data, data_seed, device, "),
         ("learner=dtk", "learner=dtk: unknown learner 'dtk'; did you mean 'dkt'?"),
         ("data=cifar1000", "data=cifar1000: unknown data 'cifar1000'; did you mean 'cifar100'?"),
         ("kd=[dkt,kdd]", "kd=kdd: unknown kd 'kdd'; did you mean 'kd'?"),

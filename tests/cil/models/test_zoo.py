@@ -148,8 +148,8 @@ def test_a_seed_says_how_a_network_starts(choice):
     [(20, 15677.150541), (32, 26787.675844), (44, 37904.109093), (56, 49045.567413), (110, 99227.649937)],
 )
 def test_residual_networks_with_padded_shortcuts_start_as_they_always_did(depth, size):
-    """What runs of before the shortcut was a choice have stored: names, and sums over all initial values."""
-    state = build("resnet32", CIFAR, 10, depth=depth).state_dict()
+    """What runs of before shortcut and head were choices have stored: names, and sums over all initial values."""
+    state = build("resnet32", CIFAR, 10, depth=depth, head_init="torch").state_dict()
     norm = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
     names = ["backbone.conv.weight", *(f"backbone.bn.{name}" for name in norm)]
     for stage in range(3):
