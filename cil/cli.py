@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from cil.config import RunConfig
 
 STATIC = "distill"  # the root config of static distillation
+SWEEP = ("-m", "--multirun")  # many runs by one command
 MAX_LINES = 12  # of a message about a user's mistake
 USAGE = """\
 usage: python {program} [group=choice ...] [key=value ...]
@@ -152,6 +153,18 @@ def _compose(overrides: list[str], config_name: str) -> tuple[dict[str, Any], di
     return {str(key): value for key, value in tree.items()}, chosen
 
 
+def check_options(words: list[str]) -> None:
+    """Refuse what looks like an option and is none.
+
+    Raises:
+        ConfigError: If there is such a word.
+    """
+    from cil.config import ConfigError
+
+    if unknown_flags := [word for word in words if word.startswith("-")]:
+        raise ConfigError([f"{unknown_flags[0]!r} is no option: write key=value; --help lists what there is"])
+
+
 def check_choice(group: str, value: str) -> None:
     """Whether a config group has such a file; `kd` takes several, as a list.
 
@@ -214,12 +227,12 @@ def _main(arguments: list[str], program: str, config_name: str) -> int:
         print(USAGE.format(program=program, groups=listing))
         return 0
     show = "--cfg" in arguments
-    if any(argument in ("-m", "--multirun") for argument in arguments):
+    if any(argument in SWEEP for argument in arguments):
         from cil.config import ConfigError
-        from cil.sweep import FLAGS, sweep
+        from cil.sweep import sweep
 
         try:
-            return sweep([argument for argument in arguments if argument not in FLAGS], program, config_name)
+            return sweep([argument for argument in arguments if argument not in SWEEP], program, config_name)
         except ConfigError as error:
             return _refuse(error)
     try:
@@ -231,11 +244,10 @@ def _main(arguments: list[str], program: str, config_name: str) -> int:
 
 
 def _run(overrides: list[str], show: bool, config_name: str) -> int:
-    from cil.config import ConfigError, check
+    from cil.config import check
 
     try:
-        if unknown_flags := [word for word in overrides if word.startswith("-")]:
-            raise ConfigError([f"{unknown_flags[0]!r} is no option: write key=value; --help lists what there is"])
+        check_options(overrides)
         config = check(compose(overrides, config_name))
         if show:
             import yaml

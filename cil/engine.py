@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -513,7 +512,7 @@ class Engine:
 
     # State
 
-    @cached_property
+    @property
     def protocol(self) -> str:
         """What this run's results are comparable with; a state of another protocol is none of this run."""
         return protocol(self.config, self.data, self.tasks)

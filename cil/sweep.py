@@ -20,7 +20,6 @@ from typing import Any, TextIO
 from cil.checkpoint import write_json
 from cil.config import ConfigError, RunConfig, check
 
-FLAGS = ("-m", "--multirun")
 _OUTCOME = "outcome.json"
 #: Keys that a run's own name tells already.
 _TOLD = {"experiment", "learner", "kd", "seed", "student", "teacher", "assistants"}
@@ -41,15 +40,14 @@ def sweep(arguments: Sequence[str], program: str, config_name: str) -> int:
     Raises:
         ConfigError: If the words cannot be read, two runs would share a folder, or all of them are refused.
     """
-    from cil.cli import check_choice, groups
+    from cil.cli import check_choice, check_options, groups
 
     if "RANK" in os.environ:
         raise ConfigError(["-m starts the runs itself: leave torchrun out, or start a single run with it"])
     of_hydra = [word for word in arguments if re.match(r"\+*hydra[./]", word)]
     # of words for one key the last counts
     own = list({_key(word): word for word in arguments if word not in of_hydra}.values())
-    if unknown_flags := [word for word in own if word.startswith("-")]:
-        raise ConfigError([f"{unknown_flags[0]!r} is no option: write key=value; --help lists what there is"])
+    check_options(own)
     swept, jobs = expand(own)
     for word in {word for job in jobs for word in job if _key(word) in groups()}:
         check_choice(_key(word), word.partition("=")[2])  # Hydra would stop the whole sweep in the middle

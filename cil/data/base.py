@@ -4,6 +4,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -130,6 +131,10 @@ class DataSet:
 
     def fingerprint(self) -> str:
         """SHA-256 over name, class names and the content of both parts: equal only for the same data."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:  # reads everything, and every report and saved state asks for it
         digest = hashlib.sha256(repr((self.name, self.class_names)).encode())
         for part in (self.train, self.test):
             for block in part.content():

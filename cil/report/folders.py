@@ -16,8 +16,10 @@ from cil.metrics import AccuracyMatrix
 
 FILES = ("config.yaml", "events.jsonl", "metrics.json")
 # Keys of the config that say where a run was done and what it was called, but nothing about what was done.
-_CIRCUMSTANCES = {"name", "runs_dir", "overwrite", "experiment", "data.root", "data.download"}
-_CIRCUMSTANCES |= {f"checkpoint.every_{unit}" for unit in ("seconds", "steps", "epochs")}
+_CIRCUMSTANCES = {
+    *("name", "runs_dir", "overwrite", "experiment", "data.root", "data.download"),
+    *("checkpoint.every_seconds", "checkpoint.every_steps", "checkpoint.every_epochs"),
+}
 
 
 @dataclass

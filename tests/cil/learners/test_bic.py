@@ -222,10 +222,17 @@ def test_the_published_recipe_composes() -> None:
 
 
 def test_it_forgets_less_than_training_on_each_task_alone(whole_run: RunTiny) -> None:
-    model = ("model=resnet32", "model.depth=20", "model.width=8", "scenario.classes=4", "optim.epochs=10")
+    model = (
+        "model=resnet32",
+        "model.head_init=torch",
+        "model.depth=20",
+        "model.width=8",
+        "scenario.classes=4",
+        "optim.epochs=10",
+    )
     run = whole_run(*model, *SMALL, learner="bic")
     found, alone = metrics_of(run), metrics_of(whole_run(*model, learner="finetune"))
-    assert found["last_accuracy"] > alone["last_accuracy"] + 0.1
+    assert found["last_accuracy"] > alone["last_accuracy"] + 0.3
     assert found["exemplars"] == [40, 40]
     epochs = [(event["phase"], list(event["losses"])) for event in facts_of(run) if event["event"] == "epoch"]
     first, second = [("training", ["ce"])], [("training", ["ce", "kd2"])]

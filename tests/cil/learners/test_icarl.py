@@ -186,11 +186,18 @@ def test_the_published_recipes_compose() -> None:
 
 @pytest.mark.parametrize("loss", ["ce_kd", "bce", "ce_bce"])
 def test_it_forgets_less_than_training_on_each_task_alone(whole_run: RunTiny, loss: str) -> None:
-    model = ("model=resnet32", "model.depth=20", "model.width=8", "scenario.classes=4", "optim.epochs=10")
+    model = (
+        "model=resnet32",
+        "model.head_init=torch",
+        "model.depth=20",
+        "model.width=8",
+        "scenario.classes=4",
+        "optim.epochs=10",
+    )
     kd = ("kd=none",) if loss != "ce_kd" else ()
     run = whole_run(*model, *kd, f"learner.loss={loss}", learner="icarl")
     found, alone = metrics_of(run), metrics_of(whole_run(*model, learner="finetune"))
-    assert found["last_accuracy"] > alone["last_accuracy"] + 0.1
+    assert found["last_accuracy"] > alone["last_accuracy"] + 0.3
     assert found["exemplars"] == [24, 24]
     terms = {
         "ce_kd": (["ce"], ["ce", "kd2"]),

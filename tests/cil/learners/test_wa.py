@@ -127,10 +127,17 @@ def test_the_published_recipe_composes() -> None:
 
 
 def test_it_forgets_less_than_training_on_each_task_alone(whole_run: RunTiny) -> None:
-    model = ("model=resnet32", "model.depth=20", "model.width=8", "scenario.classes=4", "optim.epochs=10")
+    model = (
+        "model=resnet32",
+        "model.head_init=torch",
+        "model.depth=20",
+        "model.width=8",
+        "scenario.classes=4",
+        "optim.epochs=10",
+    )
     run = whole_run(*model, learner="wa")
     found, alone = metrics_of(run), metrics_of(whole_run(*model, learner="finetune"))
-    assert found["last_accuracy"] > alone["last_accuracy"] + 0.1
+    assert found["last_accuracy"] > alone["last_accuracy"] + 0.2
     assert found["exemplars"] == [24, 24]
     norms = weights_of(run)["stage_001/head.weight"].norm(dim=1)
     torch.testing.assert_close(norms[2:].mean(), norms[:2].mean())
