@@ -275,13 +275,13 @@ def test_other_learners_train_the_network_too(run_tiny: RunTiny, learner: str) -
 
 
 def test_it_forgets_less_than_training_on_each_task_alone(tmp_path: Path) -> None:
-    settings = ("model=dytox_tiny", "model.depth=1", "scenario.classes=4", "optim.epochs=10", "memory.size=80")
+    settings = ("model=dytox_tiny", "model.depth=1", "scenario.classes=4", "optim.epochs=20", "memory.size=80")
     finetuning = ("learner.finetune_lr=2e-3", "learner.finetune_batch_size=20")
     run = run_tiny_in(tmp_path / "dytox", *settings, *finetuning, learner="dytox", report=False)
     alone = run_tiny_in(tmp_path / "alone", *settings, learner="finetune", report=False)
-    assert metrics_of(run)["last_accuracy"] > metrics_of(alone)["last_accuracy"] + 0.1
+    assert metrics_of(run)["last_accuracy"] > metrics_of(alone)["last_accuracy"] + 0.2
     losses = [list(event["losses"]) for event in facts_of(run) if event["event"] == "epoch"]
-    assert losses == [["bce"]] * 10 + [["bce", "dytox", "divergence"]] * 10 + [["bce"]] * 20
+    assert losses == [["bce"]] * 20 + [["bce", "dytox", "divergence"]] * 20 + [["bce"]] * 20
 
 
 @pytest.mark.slow
