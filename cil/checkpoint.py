@@ -57,10 +57,18 @@ def write_checked(path: Path, write: Callable[[BinaryIO], object], keep: Path | 
 def _write_part(path: Path, write: Callable[[BinaryIO], object]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with part.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:
+        part.unlink(missing_ok=True)  # if the disk is full, others need the room
+        problem = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides it behind its own
+        if not isinstance(problem, OSError):
+            raise
+        problem.filename = str(path)
+        raise problem from None
     return part
 
 

@@ -345,7 +345,7 @@ def _prepare(config: "RunConfig", held: ExitStack) -> "Run | None":
 def _train(run: "Run") -> int:
     """Train to the end; returns the exit code."""
     from cil import distributed
-    from cil.engine import Engine, RunFailed
+    from cil.engine import Engine
     from cil.events import EventLog, SilentLog
     from cil.stopping import Signals
 
@@ -358,20 +358,33 @@ def _train(run: "Run") -> int:
             Engine(run, log, signals).run()
     except ValueError as error:  # what a person can fix and only shows now: a damaged checkpoint, too few samples
         return _refuse(error) if distributed.first_to_speak() else 2
-    except (RunFailed, OSError) as error:
-        if distributed.first_to_speak():
-            print(f"error: {error}", file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        if not distributed.is_lost_connection(error):
+    except (OSError, RuntimeError, MemoryError) as error:
+        if (problem := _failure(error, run.config)) is None:
             raise
         if distributed.first_to_speak():
-            print(
-                "error: another process of this run died; the same command goes on from the last checkpoint",
-                file=sys.stderr,
-            )
+            print(f"error: {problem}", file=sys.stderr)
         return 1
     return 0
+
+
+def _failure(error: Exception, config: "RunConfig") -> str | None:
+    """What made a run fail, for a person; None for a bug."""
+    from cil import distributed
+    from cil.engine import RunFailed
+    from cil.room import is_out_of_memory
+
+    goes_on = "the same command goes on from the last checkpoint"
+    if isinstance(error, RunFailed):
+        return str(error)
+    if isinstance(error, OSError):
+        where = error.filename or config.folder
+        return f"{where}: {error.strerror or error}; mend that, and {goes_on}"
+    if is_out_of_memory(error):
+        size = config.evaluation.batch_size
+        return f"out of memory; outside of training evaluation.batch_size={size} counts: a smaller one needs less"
+    if isinstance(error, RuntimeError) and distributed.is_lost_connection(error):
+        return f"another process of this run died; {goes_on}"
+    return None
 
 
 def _refuse(error: ValueError) -> int:

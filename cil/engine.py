@@ -25,6 +25,7 @@ from cil.learners.base import Reading
 from cil.optim import Carried, learning_rates, make_optimizer, set_learning_rate, state_by_name, take_state
 from cil.progress import Progress
 from cil.results import History, protocol
+from cil.room import is_out_of_memory, largest_that_fits
 from cil.seeding import SampleNoise, derive, sample_noise, seeded
 from cil.stages import Phase, Stage
 from cil.stopping import Signals
@@ -359,8 +360,7 @@ class Engine:
         Raises:
             RunFailed: If a loss of this epoch, or a weight, is not finite.
         """
-        position = self.position
-        counted = max(position.step - self.epoch.skipped, 1)
+        counted = max(self.position.step - self.epoch.skipped, 1)
         losses = {name: float(value) / counted for name, value in self.epoch.sums.items()}
         values = itertools.chain(self.learner.named_parameters(), self.learner.network.named_buffers())
         weights = (name for name, value in values if not torch.isfinite(value).all())
@@ -370,9 +370,13 @@ class Engine:
             what = f"a weight is not finite ({name}; losses {losses})"
         else:
             return
-        where = f"stage {position.stage}, phase {phase.name}, epoch {position.epoch}, step {position.step}"
         advice = "Try a lower optim.lr, optim.clip_norm=1 or precision=fp32"
-        raise RunFailed(f"{where}: {what}; kept is {self.kept}. {advice}")
+        raise RunFailed(f"{self.place(phase)}: {what}; kept is {self.kept}. {advice}")
+
+    def place(self, phase: Phase) -> str:
+        """The step in work, for a person."""
+        position = self.position
+        return f"stage {position.stage}, phase {phase.name}, epoch {position.epoch}, step {position.step}"
 
     def step(
         self, phase: Phase, batch: Batch, noise: SampleNoise, place: tuple[int, int, int], num_all: int
@@ -385,7 +389,40 @@ class Engine:
             noise: What is random in the networks.
             place: Key and number of the epoch, number of the step.
             num_all: Samples of all processes.
+
+        Raises:
+            RunFailed: If there is not enough memory, with what would fit.
         """
+        try:
+            return self._step(phase, batch, noise, place, num_all)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # behind the error, whose traceback holds what the step had computed
+        raise RunFailed(f"{self.place(phase)}: out of memory ({reason}). {self.advice(phase, batch, noise, place)}")
+
+    def advice(self, phase: Phase, batch: Batch, noise: SampleNoise, place: tuple[int, int, int]) -> str:
+        """What would fit where a step did not; the learner is of no use after that."""
+        count = len(batch.images)
+
+        def attempt(num: int) -> None:
+            views = {name: view[:num] for name, view in batch.views.items()}
+            part = Batch(batch.images[:num], batch.labels[:num], batch.ids[:num], views=views)
+            some = replace(noise, ids=noise.ids[:num], views=noise.views[:num])
+            self._step(phase, part, some, place, num)
+
+        if world_size() > 1:  # the others wait in a sum over all processes
+            fits = f"A process had {count} images: more processes, or a smaller optim.batch_size"
+        elif (num := largest_that_fits(attempt, count)) is None:
+            fits = "Not even one image fits: a smaller model"
+        else:
+            fits = f"Of the {count} images of a batch {num} fit: optim.batch_size={num} in another run"
+        return f"{fits}, or precision=bf16, needs less; kept is {self.kept}"
+
+    def _step(
+        self, phase: Phase, batch: Batch, noise: SampleNoise, place: tuple[int, int, int], num_all: int
+    ) -> dict[str, Tensor]:
         assert self.optimizer is not None
         key, epoch, step = place
         # DOT averages its two gradients over the processes itself

@@ -34,7 +34,13 @@ def run_tiny(tmp_path: Path) -> RunTiny:
 
 
 def interrupt(
-    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, *, after: bool, what: type[BaseException]
+    monkeypatch: pytest.MonkeyPatch,
+    owner: Any,
+    name: str,
+    call: int,
+    *,
+    after: bool,
+    what: type[BaseException] | BaseException,
 ) -> None:
     """Raise before or after the `call`-th call of a function, counted from 1."""
     original: Callable[..., Any] = getattr(owner, name)
@@ -186,28 +192,13 @@ def test_a_run_interrupted_anywhere_any_number_of_times_ends_as_an_uninterrupted
     assert_as_if_nothing_happened(run_tiny(), whole_run())
 
 
-def test_memory_that_runs_out_or_a_bug_leaves_a_run_that_goes_on(
+def test_a_bug_leaves_a_run_that_goes_on(
     run_tiny: RunTiny, whole_run: RunTiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        interrupt(patch, Engine, "batch", 20, after=True, what=MemoryError)
-        with pytest.raises(MemoryError):
+        interrupt(patch, Engine, "batch", 20, after=True, what=ZeroDivisionError)
+        with pytest.raises(ZeroDivisionError):
             run_tiny()
-    assert_as_if_nothing_happened(run_tiny(), whole_run())
-
-
-def test_a_full_disk_is_said_in_one_line_and_leaves_a_run_that_goes_on(
-    run_tiny: RunTiny, whole_run: RunTiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def full(*args: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        interrupt(patch, Engine, "train_epoch", 4, after=True, what=KeyboardInterrupt)
-        run_tiny(code=INTERRUPTED)
-        patch.setattr(os, "fsync", full)
-        run_tiny(code=1)
-    assert capsys.readouterr().err.splitlines()[-1] == "error: [Errno 28] No space left on device"
     assert_as_if_nothing_happened(run_tiny(), whole_run())
 
 
