@@ -31,7 +31,7 @@ def test_a_reader_sees_the_old_file_until_the_new_one_is_whole(tmp_path: Path) -
     def torn(file: BinaryIO) -> None:
         file.write(b"half of the n")
         assert path.read_bytes() == b"old"
-        raise OSError("no space left")
+        raise OSError(28, "no space left")
 
     with pytest.raises(OSError, match="no space"):
         checkpoint.write_atomically(path, torn)
