@@ -27,6 +27,7 @@ Several terms:    kd=[dkt,kd] kd.kd.weight=0.5         Without:  kd=none data.au
 Show, do not run: --cfg        prints the composed config
                   plan=true    prints steps, parameters, memory and time of every task
 Start again:      overwrite=true  (moves the old run folder aside)
+Look on:          python -m cil.watch RUN   or log=tensorboard, log=[tensorboard,wandb]
 Many runs:        -m learner=dkt,icarl kd=kd,dkd seed=0,1,2   (every combination; finished ones are passed over)
 
 The same command again goes on where an interrupted run stopped.
@@ -244,11 +245,14 @@ def _main(arguments: list[str], program: str, config_name: str) -> int:
 
 
 def _run(overrides: list[str], show: bool, config_name: str) -> int:
-    from cil.config import check
+    from cil.config import ConfigError, check
+    from cil.sinks import missing
 
     try:
         check_options(overrides)
         config = check(compose(overrides, config_name))
+        if problems := missing(config.log):
+            raise ConfigError(problems)
         if show:
             import yaml
 
@@ -347,13 +351,15 @@ def _train(run: "Run") -> int:
     from cil import distributed
     from cil.engine import Engine
     from cil.events import EventLog, SilentLog
+    from cil.sinks import Sinks
     from cil.stopping import Signals
 
-    first = _is_first()
+    first, config = _is_first(), run.config
     try:
         with (
             Signals(patient=not first) as signals,
-            EventLog(run.config.folder / "events.jsonl") if first else SilentLog() as log,
+            Sinks(config.log if first else [], config.folder, config.model_dump(mode="json")) as sinks,
+            EventLog(config.folder / "events.jsonl", listener=sinks) if first else SilentLog() as log,
         ):
             Engine(run, log, signals).run()
     except ValueError as error:  # what a person can fix and only shows now: a damaged checkpoint, too few samples

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, model_validator
 from pydantic_core import ErrorDetails
 
 from cil.optim import Recipe
@@ -196,6 +196,7 @@ class RunConfig(Section):
         optim: How a phase is trained.
         evaluation: How results are read.
         checkpoint: When the run is saved.
+        log: Where events go beside `events.jsonl` (`cil.sinks`); one name, or several. No part of what comes out.
     """
 
     name: str = Field(pattern=_NAME)
@@ -215,6 +216,7 @@ class RunConfig(Section):
     optim: Recipe
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpointing = Checkpointing()
+    log: Annotated[list[str], BeforeValidator(lambda found: [found] if isinstance(found, str) else found)] = []
 
     @model_validator(mode="after")
     def _agree(self) -> "RunConfig":
@@ -319,6 +321,7 @@ def check(tree: Mapping[str, Any]) -> RunConfig:
     from cil.learners.base import learners
     from cil.memory import selection_rules
     from cil.models.network import models
+    from cil.sinks import sinks
     from kd import distillers
 
     problems: list[str] = []
@@ -359,6 +362,8 @@ def check(tree: Mapping[str, Any]) -> RunConfig:
     memory = tree.get("memory")
     if isinstance(memory, Mapping) and isinstance(rule := memory.get("selection", "herding"), str):
         _known(selection_rules, rule, "memory.selection", problems)
+    for name in config.log if config is not None else ():
+        _known(sinks, name, "log", problems)
     if problems or config is None:
         raise ConfigError(problems)
     update: dict[str, Any] = {

@@ -121,9 +121,8 @@ class Engine:
         """
         self.restore()
         stages = [self.parts.stage(index) for index in range(self.parts.num_stages)]
-        total = sum(self.batches.num_images(stage, phase) for stage in stages for phase in self.learner.phases(stage))
         self.progress = Progress(
-            total_images=total,
+            total_images=self.total_images(),
             num_stages=self.parts.num_stages,
             done_images=self.history.images,
             quiet=not self.writes,
@@ -234,6 +233,11 @@ class Engine:
             checkpoint.save_stage(self.folder, stage.index, self.state(), summary, means)
         self.kept = self.position.text()
         self.parts.tell(self.progress, history, self.num_images, stage)
+
+    def total_images(self) -> int:
+        """Training images of the whole run, each counted as often as it is seen."""
+        stages = [self.parts.stage(index) for index in range(self.parts.num_stages)]
+        return sum(self.batches.num_images(stage, phase) for stage in stages for phase in self.learner.phases(stage))
 
     def report(self) -> dict[str, Any]:
         """What `metrics.json` holds."""
@@ -619,6 +623,8 @@ class Engine:
             name=self.config.name,
             resumed_at=resumed_at,
             num_processes=world_size(),
+            num_stages=self.parts.num_stages,
+            total_images=self.total_images(),
             **machine(self.precision),
         )
 

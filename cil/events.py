@@ -25,14 +25,22 @@ class EventLog:
 
     Args:
         path: The file; made if there is none.
+        listener: Called with every event behind its writing (`cil.sinks`).
         clock: Seconds from any start, for tests.
 
     Raises:
         ValueError: If the file holds a line that is no event (other than a torn last one).
     """
 
-    def __init__(self, path: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        listener: Callable[[dict[str, Any]], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.path = path
+        self._listener = listener
         self._clock = clock
         self._start = clock()
         self._elapsed_before = 0.0
@@ -67,9 +75,12 @@ class EventLog:
         }
         if taken := fixed.keys() & fields.keys():
             raise ValueError(f"event {event!r}: {sorted(taken)} is written by the log itself, use another field name")
-        line = json.dumps(fixed | _plain(fields), allow_nan=False, ensure_ascii=False)
+        whole = fixed | _plain(fields)
+        line = json.dumps(whole, allow_nan=False, ensure_ascii=False)
         self._file.write(line.encode() + b"\n")
         self._file.flush()
+        if self._listener is not None:
+            self._listener(whole)
 
     def position(self) -> int:
         """Where the next event will start, in bytes; everything before it is safely on the disk when this returns."""

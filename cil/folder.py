@@ -16,15 +16,15 @@ import yaml
 
 from cil import checkpoint
 from cil.config import ConfigError, RunConfig
+from cil.lock import LOCK
 from cil.precision import Precision
 
 #: Keys that may differ between the config of a run folder and the one it is asked to go on with.
-_PLACE = {
-    *("name", "runs_dir", "overwrite", "experiment"),
+PLACE = {
+    *("name", "runs_dir", "overwrite", "experiment", "log"),
     *("data.root", "data.download", "data.num_workers", "data.prefetch"),
     *("checkpoint.every_seconds", "checkpoint.every_steps", "checkpoint.every_epochs"),
 }
-_LOCK = ".lock"
 _PACKAGES = ("torch", "torchvision", "timm", "einops", "numpy", "scikit-learn", "pydantic", "hydra-core")
 
 
@@ -35,7 +35,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         ConfigError: If another process has it.
     """
-    with (folder / _LOCK).open("w") as file:
+    with (folder / LOCK).open("w") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
@@ -64,7 +64,7 @@ def open_folder(config: RunConfig) -> Iterator[None]:
         with locked(folder):  # no run is moved away while it goes on
             os.replace(folder, aside)
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "config.yaml").exists() and any(entry.name != _LOCK for entry in folder.iterdir()):
+    if not (folder / "config.yaml").exists() and any(entry.name != LOCK for entry in folder.iterdir()):
         raise ConfigError(
             [f"{folder} exists and holds no run (no config.yaml): choose another name=, or overwrite=true to move it"]
         )
@@ -110,7 +110,7 @@ def _differing(config: RunConfig) -> list[str]:
     found = _flat(read_yaml(config.folder / "config.yaml").get("config", {}))
     wanted = _flat(config.model_dump(mode="json"))
     keys = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
-    return [f"  {key}: {found.get(key)!r} there, {wanted.get(key)!r} here" for key in keys if key not in _PLACE]
+    return [f"  {key}: {found.get(key)!r} there, {wanted.get(key)!r} here" for key in keys if key not in PLACE]
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:

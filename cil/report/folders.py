@@ -17,7 +17,7 @@ from cil.metrics import AccuracyMatrix
 FILES = ("config.yaml", "events.jsonl", "metrics.json")
 # Keys of the config that say where a run was done and what it was called, but nothing about what was done.
 _CIRCUMSTANCES = {
-    *("name", "runs_dir", "overwrite", "experiment", "data.root", "data.download"),
+    *("name", "runs_dir", "overwrite", "experiment", "log", "data.root", "data.download"),
     *("checkpoint.every_seconds", "checkpoint.every_steps", "checkpoint.every_epochs"),
 }
 

@@ -1,0 +1,3 @@
+from cil.sinks.base import Place, Sink, Sinks, missing, scalars, sinks
+
+__all__ = ["Place", "Sink", "Sinks", "missing", "scalars", "sinks"]
