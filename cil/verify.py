@@ -2,8 +2,8 @@
 
 A published figure belongs to a command (`cil/published.yaml`). A run is compared with it if its whole config is the one
 of that command, but for where and on what it runs and how it is read: classes and their order, epochs, memory, network,
-learner, augmentation. Runs that differ in their seed alone are averaged. Exit code 0 if everything agrees, 1 if not, 2 if
-a run cannot be read.
+learner, augmentation. Runs that differ in their seed alone are averaged. Exit code 0 if everything agrees, 1 if not, 2
+if a run cannot be read.
 """
 
 import argparse
@@ -33,7 +33,11 @@ SHOWN = 5  # differences of a run and a figure
 
 #: Keys that say where, on what and from which seed a run is done, and how it is read and saved.
 _CIRCUMSTANCES = PLACE | {"seed", "data_seed", "device", "num_threads", "precision", "data.path"}
-_READING = ("checkpoint.", "evaluation.", "scenario.")  # of the scenario the tasks are compared, not how they are written
+_READING = (
+    "checkpoint.",
+    "evaluation.",
+    "scenario.",
+)  # of the scenario the tasks are compared, not how they are written
 
 Verdict = Literal["agrees", "below", "above", "not comparable"]
 
@@ -228,7 +232,9 @@ def _compare(runs: Sequence[Measured], figure: Figure | None) -> Comparison:
     numbers = [run.numbers() for run in runs if run.metrics.get("finished")]
     lines = []
     for name, (expected, tolerance) in figure.expected().items():
-        measured = float(np.mean([found[name] for found in numbers])) if all(name in n for n in numbers) and numbers else None
+        measured = (
+            float(np.mean([found[name] for found in numbers])) if all(name in n for n in numbers) and numbers else None
+        )
         difference = None if measured is None else measured - expected
         verdict: Verdict = "not comparable"
         if not reasons and difference is not None:
@@ -274,7 +280,8 @@ def _other_tasks(runs: Sequence[Measured], figure: Figure) -> list[str]:
     if others := [run.name for run in runs if run.order not in names]:
         return [f"{others[0]} learns the classes in another order than {' or '.join(names.values())}"]
     if lacking := [name for order, name in names.items() if order not in {run.order for run in runs}]:
-        return [f"the figure is a mean over the orders {', '.join(names.values())}: give runs in {' and '.join(lacking)} too"]
+        all_of = ", ".join(names.values())
+        return [f"the figure is a mean over the orders {all_of}: give runs in {' and '.join(lacking)} too"]
     return []
 
 
@@ -294,7 +301,9 @@ def show(comparison: Comparison, console: Console) -> None:
     console.print(Text(f"{', '.join(comparison.runs)}{mean}: {comparison.verdict}", style="bold"), soft_wrap=True)
     if figure is not None:
         console.print(Text(f"  python train_incremental.py {figure.command}"), soft_wrap=True)
-        console.print(Text(f"  {figure.source}{'' if figure.run else '; no one has run it with this project'}"), soft_wrap=True)
+        console.print(
+            Text(f"  {figure.source}{'' if figure.run else '; no one has run it with this project'}"), soft_wrap=True
+        )
         if figure.unstated:
             console.print(Text(f"  the source does not state {figure.unstated}"), soft_wrap=True)
     for reason in comparison.reasons[:SHOWN]:

@@ -140,7 +140,9 @@ def shown(state: State, width: int = 80) -> RenderableType:
 
 def _rows(state: State) -> list[tuple[str, str]]:
     who = f", process {state.process}" if state.process else ""
-    rows = [("status", {"running": f"running{who}", "stopped": _STOPPED, "unknown": _UNKNOWN}.get(state.status, "finished"))]
+    rows = [
+        ("status", {"running": f"running{who}", "stopped": _STOPPED, "unknown": _UNKNOWN}.get(state.status, "finished"))
+    ]
     if not state.events:
         return [*rows, ("", "it has not begun to train")]
     of = "" if state.num_stages is None else f" of {state.num_stages}"
@@ -148,7 +150,9 @@ def _rows(state: State) -> list[tuple[str, str]]:
     phase, epoch = state.last("phase_started"), state.last("epoch")
     if phase and state.status != "finished":
         begun = _same_phase(phase, epoch)
-        rows.append(("phase", f"{phase['phase']}, {epoch['epoch'] + 1 if begun else 0} of {phase['epochs']} epochs done"))
+        rows.append(
+            ("phase", f"{phase['phase']}, {epoch['epoch'] + 1 if begun else 0} of {phase['epochs']} epochs done")
+        )
     if epoch:
         losses = [f"{name} {_number(value)}" for name, value in epoch["losses"].items()]
         rows.append(("losses", "  ".join(losses)))

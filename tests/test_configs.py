@@ -11,19 +11,32 @@ import torch
 
 from cil.build import make_distillation, make_learner, make_network, make_transform, open_data
 from cil.cli import compose, config_folder, groups
-from cil.config import RunConfig, check
+from cil.config import Config, RunConfig, check
 from cil.data import MissingData
 from cil.learners.base import learners
 from cil.memory import selection_rules
 from cil.models.network import Network
 from cil.optim import learning_rates, make_optimizer
+from cil.tasks import task_sequence
 from kd import distillers
 
 CONFIGS = sorted(config_folder().rglob("*.yaml"))
 STATIC_GROUPS = {"pair", "recipe", "search"}
 #: Runs of static distillation; they name a student.
 STATIC_EXPERIMENTS = {"cifar100_kd", "tiny_static"}
-EXPERIMENTS = [choice for choice in groups()["experiment"] if choice not in STATIC_EXPERIMENTS]
+#: Published protocols, each with the learner and the network that it is published for.
+PRESETS = {
+    "cifar100_b0_inc20": (100, 5),
+    "cifar100_b0_inc10": (100, 10),
+    "cifar100_b0_inc5": (100, 20),
+    "cifar100_b0_inc2": (100, 50),
+    "cifar100_b50_inc10": (100, 6),
+    "imagenet100_seed1993_b0_inc10": (100, 10),
+    "imagenet100_first100_b0_inc10": (100, 10),
+    "imagenet1000_b0_inc100": (1000, 10),
+    "tiny_imagenet_b0_inc20": (200, 10),
+}
+EXPERIMENTS = [choice for choice in groups()["experiment"] if choice not in STATIC_EXPERIMENTS | set(PRESETS)]
 CHOICES = [
     (group, choice)
     for group, choices in groups().items()
@@ -46,7 +59,8 @@ COMPANIONS = {
     **{("learner", name): ["model=resnet32"] for name in ("der", "ewc", "foster", "lucir", "memo", "podnet", "wa")},
 }
 #: Learners whose file names a distillation term of their own.
-WITH_A_TERM = {"bic", "dkt", "dkt_digits", "dkt_official", "dytox", "foster", "icarl", "lwf", "wa"}
+WITH_A_TERM = {"bic", "dkt", "dkt_digits", "dytox", "foster", "icarl", "lwf", "wa"}
+WITH_A_TERM |= {choice for choice in groups()["learner"] if choice.startswith("dkt_official")}
 INPUT_SHAPES = {"dkt_tiny": (1, 8, 8), "dkt_imagenet": (3, 224, 224)}  # the others are for 3 x 32 x 32
 
 
@@ -125,6 +139,37 @@ def test_every_learner_goes_with_every_experiment(learner: str, experiment: str)
     built = make_learner(config, network)
     assert isinstance(built, learners[config.learner.name])
     assert (built.distillation is not None) == (learner in WITH_A_TERM)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_builds_its_learner_and_says_its_tasks(preset: str) -> None:
+    config = config_of(f"experiment={preset}")
+    assert isinstance(config, Config)
+    num_classes, num_tasks = PRESETS[preset]
+    scenario = config.scenario.model_dump(exclude={"order_seed"})
+    tasks = task_sequence(num_classes, **scenario, seed=config.scenario.order_seed)
+    assert tasks.num_tasks == num_tasks
+    assert tasks.class_order != tuple(range(num_classes))
+    shape = (3, 64, 64) if "tiny" in preset else (3, 224, 224) if "imagenet" in preset else (3, 32, 32)
+    network = network_of(config, shape)
+    network.grow(tasks.task_sizes[0])
+    with torch.inference_mode():
+        assert network.eval()(torch.rand(1, *shape)).logits.shape == (1, tasks.task_sizes[0])
+    assert isinstance(make_learner(config, network), learners[config.learner.name])
+
+
+def test_the_tables_of_fine_tuning_epochs_are_those_of_the_release() -> None:
+    """R9: by size of the tasks, from the second task on; the last number goes on."""
+    tables = {
+        "cifar100_b0_inc20": [1, 10],
+        "cifar100_b0_inc10": [1, 1, 10],
+        "cifar100_b0_inc5": [1, 1, 1, 1, 1, 10],
+        "imagenet100_seed1993_b0_inc10": [5, 5, 10],
+        "imagenet1000_b0_inc100": [5, 5, 10],
+    }
+    found = {preset: config_of(f"experiment={preset}").learner.parameters for preset in tables}
+    assert {preset: learner["finetune_epochs"] for preset, learner in found.items()} == tables
+    assert found["imagenet1000_b0_inc100"]["finetune_lr"] == found["cifar100_b0_inc10"]["finetune_lr"] / 512
 
 
 @pytest.mark.parametrize("choice", groups()["data"])

@@ -1,4 +1,4 @@
-"""Weights & Biases: `log=wandb`. Its own variables say where to: `WANDB_MODE=offline`, `WANDB_PROJECT`, `WANDB_ENTITY`."""
+"""Weights & Biases: `log=wandb`. Where to is said by its own variables, such as `WANDB_MODE=offline`, `WANDB_PROJECT`."""
 
 import json
 import os

@@ -17,9 +17,10 @@ class DIST(Distiller):
     """The student keeps the relations among the teacher's probabilities, not the probabilities themselves.
 
     With P = softmax(z / T) [B, K] of the student (s) and of the teacher (t), and Pearson's correlation r (eq. 7 to 9):
-    $T^2 \\left[ \\beta \\left(1 - \\frac{1}{B} \\sum_b r(P_s[b, :], P_t[b, :])\\right) + \\gamma \\left(1 - \\frac{1}{K}
-    \\sum_k r(P_s[:, k], P_t[:, k])\\right) \\right]$: how a sample's classes relate (inter-class), and how the samples
-    relate for a class (intra-class). The factor $T^2$ is that of the release. Over the batch of all processes.
+    $T^2 \\left[ \\beta \\left(1 - \\frac{1}{B} \\sum_b r(P_s[b, :], P_t[b, :])\\right) +
+    \\gamma \\left(1 - \\frac{1}{K} \\sum_k r(P_s[:, k], P_t[:, k])\\right) \\right]$: how a sample's classes relate
+    (inter-class), and how the samples relate for a class (intra-class). The factor $T^2$ is that of the release. Over
+    the batch of all processes.
 
     A row or column without any spread (a single class, a class that is never likely) has no correlation: it counts
     as 0, and sends no gradient.

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cil import checkpoint
-from cil.sinks import scalars
+from cil.sinks import Sinks, scalars
 from tests.conftest import RunTiny
 from tests.run_folders import facts_of
 
@@ -35,13 +35,10 @@ def told(run: Path) -> dict[str, list[tuple[int, float]]]:
     epochs = 0
     for event in facts_of(run):
         epochs += event["event"] == "epoch"
-        for name, value in scalars(event | {"images_per_second": None, "seconds": {}} | _nothing(event)).items():
+        untimed = {"images_per_second": None, "seconds": {}, "peak_resident_bytes": None}
+        for name, value in scalars(event | untimed).items():
             curves.setdefault(name, []).append((epochs, pytest.approx(value, rel=1e-6)))
     return curves
-
-
-def _nothing(event: dict[str, Any]) -> dict[str, Any]:
-    return {"peak_resident_bytes": None} if event["event"] == "stage_finished" else {}
 
 
 def without_times(curves: dict[str, list[tuple[int, float]]]) -> dict[str, list[tuple[int, float]]]:
@@ -75,13 +72,17 @@ def test_every_curve_of_an_interrupted_run_is_there_once(
     assert without_times(curves) == told(run)
     assert curves["training/bce"][: len(cut_off)] == cut_off
     assert [step for step, _ in curves["accuracy/all"]] == [2, 6]
+    assert {"finetuning/learning_rate", "accuracy/old", "accuracy_before_finetuning/all"} <= set(curves)
+    assert {"memory/num_exemplars", "network/num_parameters", "seconds/training"} <= set(curves)
 
 
-def test_the_config_is_kept_as_text(run_tiny: RunTiny) -> None:
+def test_the_config_is_kept_as_text(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run = run_tiny("log=tensorboard", "scenario.classes=2", learner="finetune", report=False)
-    found: Any = EventAccumulator(str(run / "tensorboard"))
+    (tmp_path / "events.jsonl").touch()
+    with Sinks(["tensorboard"], tmp_path, {"name": "run"}) as given:
+        given({"event": "run_started"})
+    found: Any = EventAccumulator(str(tmp_path / "tensorboard"))
     found.Reload()
     (text,) = found.Tensors("config/text_summary")
     assert b"name: run" in text.tensor_proto.string_val[0]
