@@ -162,7 +162,7 @@ class Comparison:
         if self.reasons:
             return "not comparable"
         verdicts = {line.verdict for line in self.lines}
-        return next((verdict for verdict in ("below", "above") if verdict in verdicts), "agrees")  # type: ignore[return-value]
+        return next((verdict for verdict in ("below", "above") if verdict in verdicts), "agrees")
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -264,7 +264,8 @@ def _settings(config: Config) -> dict[str, Any]:
 def _differences(run: Measured, figure: Figure) -> list[str]:
     """The settings in which a run is not the one of the figure, one sentence each."""
     here, there = _settings(run.config), _settings(_config(figure))
-    keys = sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))
+    keys = [key for key in here.keys() | there.keys() if here.get(key) != there.get(key)]
+    keys.sort(key=lambda key: (key != "learner.name", key))  # what explains most of the others first
     return [f"{key} is {here.get(key)!r}, and {there.get(key)!r} for the figure" for key in keys]
 
 

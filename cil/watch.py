@@ -81,7 +81,8 @@ class State:
     def seconds_left(self) -> float | None:
         """At the mean pace of the process that runs, pauses included; None before its first epoch has ended."""
         start = self.last("run_started")
-        if self.status == "finished" or not start.get("total_images"):
+        total = int(start.get("total_images", 0))
+        if self.status == "finished" or not total:
             return None
         own = self.events[self.events.index(start) :]
         done = sum(int(event["num_images"]) for event in own if event["event"] == "epoch")
@@ -89,7 +90,7 @@ class State:
             return None
         pace = (float(own[-1]["elapsed_seconds"]) - float(start["elapsed_seconds"])) / done
         waited = (self.now - datetime.fromisoformat(own[-1]["time"])).total_seconds() if self.status == "running" else 0
-        return max(pace * (start["total_images"] - self.done_images) - waited, 0.0)
+        return max(pace * (total - self.done_images) - waited, 0.0)
 
     @property
     def accuracies(self) -> list[float]:
@@ -187,17 +188,18 @@ def _time(state: State) -> str:
 
 
 def follow(folder: Path, console: Console, every_seconds: float, sleep: Callable[[float], None] = time.sleep) -> State:
-    """Show a run until it is finished or its process ends; returns the last state.
+    """Show a run until it is finished or its process ends, and print how it ended; returns the last state.
 
     Raises:
         ValueError: As `look`.
     """
     state = look(folder)
-    with Live(shown(state, console.width), console=console, auto_refresh=False) as live:
+    with Live(shown(state, console.width), console=console, auto_refresh=False, transient=True) as live:
         while state.status in ("running", "unknown"):
             sleep(every_seconds)
             state = look(folder)
             live.update(shown(state, console.width), refresh=True)
+    console.print(shown(state, console.width))
     return state
 
 

@@ -4,6 +4,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -86,17 +87,20 @@ class Sinks:
             self._give(event)
             return
         for name in self._names:
-            self._try(name, lambda name=name: self._open.update({name: sinks[name](self._folder, self._config)}))
+            self._try(name, partial(self._start, name))
         for kept in read_events(self._folder / "events.jsonl") if self._names else ():
             if kept["event"] != "run_started":
                 self._give(kept)
+
+    def _start(self, name: str) -> None:
+        self._open[name] = sinks[name](self._folder, self._config)
 
     def _give(self, event: Event) -> None:
         self._epochs += event["event"] == "epoch"
         place = Place(self._number, self._epochs)
         self._number += 1
         for name, sink in list(self._open.items()):
-            self._try(name, lambda sink=sink: sink.write(event, place))
+            self._try(name, partial(sink.write, event, place))
 
     def _try(self, name: str, action: Callable[[], object]) -> None:
         try:

@@ -28,7 +28,7 @@ class TensorBoard(Sink):
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=0, flush_secs=FLUSH_SECONDS)  # type: ignore[no-untyped-call]
+        self.writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=0, flush_secs=FLUSH_SECONDS)
         text = yaml.safe_dump(dict(config), sort_keys=False)
         self.writer.add_text("config", f"```yaml\n{text}```", global_step=0)
 

@@ -1,4 +1,4 @@
-"""Weights & Biases: `log=wandb`. Where to is said by its own variables, such as `WANDB_MODE=offline`, `WANDB_PROJECT`."""
+"""Weights & Biases: `log=wandb`. Its own variables say where to, such as `WANDB_MODE=offline` and `WANDB_PROJECT`."""
 
 import json
 import os
@@ -32,7 +32,9 @@ class WandB(Sink):
         import wandb
 
         self.path = folder / KEPT
-        kept = json.loads(self.path.read_text()) if self.path.is_file() else {"id": secrets.token_hex(8), "given": 0}
+        kept: dict[str, Any] = (
+            json.loads(self.path.read_text()) if self.path.is_file() else {"id": secrets.token_hex(8), "given": 0}
+        )
         self.id, self.given = str(kept["id"]), int(kept["given"])
         self.run: Any = wandb.init(
             id=self.id,
