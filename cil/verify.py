@@ -222,7 +222,8 @@ def _compare(runs: Sequence[Measured], figure: Figure | None) -> Comparison:
     folders = [str(run.folder) for run in runs]
     if figure is None:
         known = ", ".join(sorted({figure.experiment for figure in figures()}))
-        what = f"experiment={runs[0].config.experiment}"
+        experiment = runs[0].config.experiment
+        what = "a run without experiment=" if experiment is None else f"experiment={experiment}"
         return Comparison(folders, None, [f"no figure is known for {what}; there are some for {known}"], [])
     reasons = [f"{run.name} is not finished: {_progress(run)}" for run in runs if not run.metrics.get("finished")]
     reasons += [] if figure.unknown is None else [figure.unknown]

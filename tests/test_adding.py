@@ -44,7 +44,6 @@ def added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
     monkeypatch.setattr("cil.cli.config_folder", lambda: root / "configs")
-    known = set(sys.modules)
     for package, registry in REGISTRIES.items():
         _ = len(registry)
         module = importlib.import_module(package)
@@ -52,8 +51,8 @@ def added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         monkeypatch.setattr(registry, "_entries", dict(registry))
         monkeypatch.setattr(registry, "_filled", False)
     yield root
-    for name in set(sys.modules) - known:
-        if name.rpartition(".")[0] in REGISTRIES:
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", "")).startswith(str(root)):
             del sys.modules[name]
 
 
