@@ -39,6 +39,7 @@ METHODS: dict[str, list[str]] = {
     "kd": ["kd=kd"],
     "dkd": ["kd=dkd", "kd.dkd.warmup_epochs=1"],
     "mld": ["kd=mld"],
+    "dist": ["kd=dist"],
     "fitnet": ["kd=fitnet"],
     "at": ["kd=at"],
     "sp": ["kd=sp"],

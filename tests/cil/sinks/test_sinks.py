@@ -10,6 +10,7 @@ from cil.cli import compose, main
 from cil.config import check
 from cil.events import EventLog
 from cil.sinks import Place, Sink, Sinks, scalars, sinks
+from cil.watch import look
 from tests.conftest import RunTiny
 from tests.run_folders import facts_of
 
@@ -95,6 +96,8 @@ def test_a_run_gives_every_event_of_its_log_and_is_the_same_run_without(
     capsys.readouterr()
     run_tiny(*words, learner="finetune", report=False)
     assert "run is finished already" in capsys.readouterr().out
+    state = look(run)
+    assert (state.status, state.num_stages, state.share) == ("finished", 2, 1.0)
 
 
 @pytest.mark.parametrize("fails_at", ["open", "epoch"])
