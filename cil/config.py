@@ -197,6 +197,8 @@ class RunConfig(Section):
         evaluation: How results are read.
         checkpoint: When the run is saved.
         log: Where events go beside `events.jsonl` (`cil.sinks`); one name, or several. No part of what comes out.
+        snapshots: Keep what the report shows beyond the numbers (`cil.snapshots`): small pictures of test images and
+            exemplars among it. No part of what comes out.
     """
 
     name: str = Field(pattern=_NAME)
@@ -217,6 +219,7 @@ class RunConfig(Section):
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpointing = Checkpointing()
     log: Annotated[list[str], BeforeValidator(lambda found: [found] if isinstance(found, str) else found)] = []
+    snapshots: bool = True
 
     @model_validator(mode="after")
     def _agree(self) -> "RunConfig":

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cil import checkpoint, distributed
+from cil import checkpoint, distributed, snapshots
 from cil.batches import Batches
 from cil.build import Run
 from cil.evaluation import Counts
@@ -221,6 +221,9 @@ class Engine:
                 "class_labels": [self.tasks.original(label) for label in range(stage.num_seen)],
             },
         }
+        if self.writes and self.config.snapshots:
+            with self.timed("report"):
+                snapshots.write(self.folder, self.parts, stage, counts, self.means)
         # before the state is saved, since a resume keeps only what the log held then
         self.log.write(
             "stage_finished",

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -29,11 +29,13 @@ class Counts:
         correct: Right answers per task.
         num_images: Images per task.
         top5: Answers among the best `TOP_K` classes (or all, if fewer are known), over all tasks.
+        confusion: Images by true class (row) and answer (column), in learned order.
     """
 
     correct: list[int]
     num_images: list[int]
     top5: int
+    confusion: Int[Tensor, "classes classes"] | None = field(default=None, compare=False, repr=False)
 
     @property
     def accuracy(self) -> float:
@@ -97,16 +99,12 @@ class Reader:
             means: Classify by the nearest of these (`class_means`) instead of by `predict`.
         """
         learner.eval()
-
-        def nearest(images: Tensor) -> Tensor:
-            assert means is not None
-            return F.normalize(full_precision(learner.embed(images))) @ means.to(images.device).T
-
-        answer = learner.predict if means is None else nearest
+        answer = learner.predict if means is None else nearest_to(means, learner)
         task_of_label = np.repeat(np.arange(len(task_sizes)), task_sizes)
         ids = share(torch.nonzero((labels >= 0) & (labels < len(task_of_label))).flatten())
         correct, total = np.zeros(len(task_sizes), dtype=np.int64), np.zeros(len(task_sizes), dtype=np.int64)
-        top5 = 0
+        top5, num_classes = 0, len(task_of_label)
+        confusion = torch.zeros(num_classes**2, dtype=torch.int64)
         for some, logits in self._run(answer, images, ids):
             wanted = labels[some]
             best = logits.float().topk(min(TOP_K, logits.shape[1]), dim=1).indices.cpu()
@@ -115,9 +113,12 @@ class Reader:
             np.add.at(total, tasks, 1)
             np.add.at(correct, tasks, hits[:, 0].numpy().astype(np.int64))
             top5 += int(hits.sum())
+            pairs = wanted.cpu() * num_classes + best[:, 0]
+            confusion += torch.bincount(pairs, minlength=num_classes**2)
         found = torch.tensor([*correct, *total, top5], device=self.precision.device)
         *per_task, top5 = all_reduce_sum(found).tolist()
-        return Counts(per_task[: len(task_sizes)], per_task[len(task_sizes) :], top5)
+        confusion = all_reduce_sum(confusion.to(self.precision.device)).cpu().view(num_classes, num_classes)
+        return Counts(per_task[: len(task_sizes)], per_task[len(task_sizes) :], top5, confusion)
 
     def class_means(
         self, learner: Learner, images: Images, ids: Int[Tensor, " exemplars"], labels: Int[Tensor, " exemplars"]
@@ -141,8 +142,14 @@ class Reader:
         self, learner: Learner, images: Images, ids: Int[Tensor, " samples"]
     ) -> Float[Tensor, "samples classes"]:
         """Scores of some clean images; this process reads all of them."""
+        return self.alone(learner, learner.predict, images, ids)
+
+    def alone(
+        self, learner: Learner, answer: Callable[[Tensor], Tensor], images: Images, ids: Int[Tensor, " samples"]
+    ) -> Float[Tensor, "samples ..."]:
+        """What `answer` makes of some clean images, with `learner` in evaluation; this process reads all of them."""
         learner.eval()
-        return torch.cat([full_precision(part).cpu() for _, part in self._run(learner.predict, images, ids)])
+        return torch.cat([full_precision(part).cpu() for _, part in self._run(answer, images, ids)])
 
     def features(
         self, learner: Learner, images: Images, ids: Int[Tensor, " samples"], noise_key: int | None = None
@@ -156,3 +163,8 @@ class Reader:
         own = share(ids) if divided else ids
         found = torch.cat([full_precision(part) for _, part in self._run(learner.embed, images, own, noise_key)])
         return (gather(found) if divided else found).cpu()
+
+
+def nearest_to(means: Float[Tensor, "classes width"], learner: Learner) -> Callable[[Tensor], Tensor]:
+    """Scores by nearness: the product of an image's normalised features with every class's mean."""
+    return lambda images: F.normalize(full_precision(learner.embed(images))) @ means.to(images.device).T

@@ -21,7 +21,7 @@ from cil.precision import Precision
 
 #: Keys that may differ between the config of a run folder and the one it is asked to go on with.
 PLACE = {
-    *("name", "runs_dir", "overwrite", "experiment", "log"),
+    *("name", "runs_dir", "overwrite", "experiment", "log", "snapshots"),
     *("data.root", "data.download", "data.num_workers", "data.prefetch"),
     *("checkpoint.every_seconds", "checkpoint.every_steps", "checkpoint.every_epochs"),
 }

@@ -179,10 +179,21 @@ class Attention(nn.Module):
         k = rearrange(self.k(context), split, head=self.num_heads)
         v = rearrange(self.v(context), split, head=self.num_heads)
         # plain products: with this few tokens they beat torch's fused attention on a CPU, most of all backward
-        weights = torch.softmax(q * q.shape[-1] ** -0.5 @ k.mT, dim=-1)
-        answers = rearrange(weights @ v, "b head n d -> b n (head d)")
+        answers = rearrange(self._weights(q, k) @ v, "b head n d -> b n (head d)")
         projected: Tensor = self.proj(answers)
         return projected
+
+    def weights(
+        self, queries: Float[Tensor, "batch queries width"], context: Float[Tensor, "batch keys width"]
+    ) -> Float[Tensor, "batch head queries keys"]:
+        """How much each query looks at each key: rows add up to 1."""
+        split = "b n (head d) -> b head n d"
+        q = rearrange(self.q(queries), split, head=self.num_heads)
+        return self._weights(q, rearrange(self.k(context), split, head=self.num_heads))
+
+    @staticmethod
+    def _weights(q: Float[Tensor, "b head queries d"], k: Float[Tensor, "b head keys d"]) -> Tensor:
+        return torch.softmax(q * q.shape[-1] ** -0.5 @ k.mT, dim=-1)
 
 
 def gelu(x: Float[Tensor, "batch channels rows columns"]) -> Float[Tensor, "batch channels rows columns"]:
@@ -288,6 +299,13 @@ class SKAB(Block):
         """The answer to the first task token."""
         context = self.norm1(torch.cat([task_tokens, patches], dim=1))
         return rearrange(self.update(task_tokens[:, :1], context[:, :1], context, (1, 1)), "b 1 d -> b d")
+
+    def looks(
+        self, task_tokens: Float[Tensor, "batch tasks width"], patches: Float[Tensor, "batch patches width"]
+    ) -> Float[Tensor, "batch patches"]:
+        """How much the first task token looks at each patch, mean over the heads."""
+        context = self.norm1(torch.cat([task_tokens, patches], dim=1))
+        return self.attention.weights(context[:, :1], context)[:, :, 0, task_tokens.shape[1] :].mean(dim=1)
 
 
 class Encoder(nn.Module):
@@ -441,6 +459,18 @@ class DKTNetwork(PatchNetwork):
         """Scores of all classes, in the order in which they were learned."""
         old: Tensor = self.stability(embedding)
         return old if self.plasticity is None else torch.cat([old, self.plasticity(embedding)], dim=1)
+
+    def tokens_of_tasks(self) -> Float[Tensor, "tasks width"]:
+        """The task tokens, the oldest first."""
+        return torch.cat([token[0] for token in self.token_pool.task_tokens])
+
+    def attention(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch rows columns"]:
+        """How much the newest task token looks at each patch in the SKAB, mean over the heads."""
+        patches = self.encoder(images, self.token_pool.general_token)
+        tokens = self.token_pool.newest_first(len(images))
+        looks = self.skab.looks(tokens if self.old_tokens else tokens[:, :1], patches)
+        rows, _ = self.encoder.patch_embedding.grid(*images.shape[2:])
+        return rearrange(looks, "b (h w) -> b h w", h=rows)
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Outputs:
         """Scores of all classes so far, the decoder's answer as the embedding, and what is exposed."""

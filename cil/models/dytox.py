@@ -113,6 +113,17 @@ class ClassAttention(nn.Module):
         update: Tensor = self.proj(rearrange(answers, "b head t d -> b t (head d)"))
         return update
 
+    def looks(
+        self, tasks: Float[Tensor, "batch_or_1 tasks width"], patches: Float[Tensor, "batch patches width"]
+    ) -> Float[Tensor, "batch tasks patches"]:
+        """How much each task token looks at each patch, mean over the heads; the rest of 1 it looks at itself."""
+        split = "b n (head d) -> b head n d"
+        q, own_k = (rearrange(layer(tasks), split, head=self.num_heads) for layer in (self.q, self.k))
+        k = rearrange(self.k(patches), split, head=self.num_heads)
+        q = q * q.shape[-1] ** -0.5
+        to_itself = (q * own_k).sum(dim=-1, keepdim=True).expand(len(patches), -1, -1, -1)
+        return torch.cat([to_itself, q @ k.mT], dim=-1).softmax(dim=-1)[..., 1:].mean(dim=1)
+
 
 class MLP(nn.Module):
     """Linear, GELU, linear.
@@ -289,6 +300,19 @@ class DyToxNetwork(PatchNetwork):
         for block in self.decoder:
             tasks = block(tasks, patches)
         return tasks
+
+    def tokens_of_tasks(self) -> Float[Tensor, "tasks width"]:
+        """The task tokens, the oldest first."""
+        return torch.cat([token[0] for token in self.task_tokens])
+
+    def attention(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch rows columns"]:
+        """How much the newest task token looks at each patch in the last decoder block, mean over the heads."""
+        patches, tasks = self.encode(images), torch.cat(list(self.task_tokens), dim=1)
+        *before, last = self.decoder
+        for block in before:
+            tasks = block(tasks, patches)
+        looks = last.attention.looks(last.norm1(tasks), last.norm1(patches))[:, -1]  # type: ignore[operator, union-attr]
+        return rearrange(looks, "b (h w) -> b h w", h=images.shape[2] // self.patch_embedding.kernel_size[0])
 
     def classify(self, answers: Float[Tensor, "batch tasks width"]) -> Float[Tensor, "batch classes"]:
         """Scores of all classes, in the order in which they were learned."""

@@ -95,6 +95,14 @@ class PatchNetwork(Network):
         """The classifiers of all classes, in the order in which they were learned."""
         raise NotImplementedError(f"{type(self).__name__} does not say which classifiers it has")
 
+    def tokens_of_tasks(self) -> Float[Tensor, "tasks width"]:
+        """The task tokens, the oldest first."""
+        raise NotImplementedError(f"{type(self).__name__} does not say which task tokens it has")
+
+    def attention(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch rows columns"]:
+        """How much the newest task token looks at each patch in the decoder, mean over the heads."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what its decoder looks at")
+
     def taps(self) -> list[str]:
         """Names of what `expose` can add."""
         return [*block_taps(self.depth), "class_maps"]
