@@ -1,10 +1,23 @@
-"""Runs beside each other as a Markdown table: one line a group of repeats, one table a protocol."""
+"""Runs beside each other as a table, one line a group of repeats: Markdown (one table a protocol), CSV, LaTeX."""
 
+import csv
+import io
+import re
 from collections.abc import Sequence
 
 from cil.report.comparison import Group, paired
 
 _NONE = "–"
+_NUMBERS = ("average_incremental_accuracy", "last_accuracy", "forgetting", "backward_transfer")
+_COSTS = ("images_per_second", "wall_seconds")
+_LATEX = {
+    **{mark: f"\\{mark}" for mark in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "…": r"\dots{}",
+    "–": "--",
+}
 
 
 def as_table(groups: Sequence[Group]) -> str:
@@ -43,6 +56,52 @@ def against_base(base: Group, others: Sequence[Group]) -> str:
     if marked:
         lines += ["", "\\* another protocol than the first line: what it measures differs too, not the method alone"]
     return "\n".join(lines)
+
+
+def as_csv(groups: Sequence[Group]) -> str:
+    """One line a group, under the names of `metrics.json`: mean and sample deviation over the finished seeds.
+
+    Accuracies, forgetting and transfer are fractions; what is not known is empty.
+    """
+    out = io.StringIO()
+    spreads = [f"{number}_{kind}" for number in _NUMBERS for kind in ("mean", "std")]
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["runs", "protocol", "num_finished", "num_unfinished", *spreads, *(f"{cost}_mean" for cost in _COSTS)])
+    for group in groups:
+        numbers = [value for number in _NUMBERS for value in (group.mean(number), group.std(number))]
+        numbers += [group.mean(cost) for cost in _COSTS]
+        finished = len(group.finished)
+        facts = [group.label, " ".join(group.protocols), finished, len(group.runs) - finished]
+        writer.writerow([*facts, *("" if number is None else f"{number:.6g}" for number in numbers)])
+    return out.getvalue()
+
+
+def as_latex(groups: Sequence[Group]) -> str:
+    """A `tabular` for the package booktabs: per cent, forgetting and transfer in points; a rule between protocols."""
+    lines = [
+        r"\begin{tabular}{lrrrrr}",
+        r"\toprule",
+        r"Runs & Seeds & Average incremental & Last & Forgetting & Backward transfer \\",
+    ]
+    protocol: tuple[str, ...] | None = None
+    for group in sorted(groups, key=lambda group: group.protocols):
+        if group.protocols != protocol:
+            lines.append(r"\midrule")
+            protocol = group.protocols
+        cells = [_in_latex(group.label), str(len(group.finished)), *(_latex_spread(group, name) for name in _NUMBERS)]
+        lines.append(" & ".join(cells) + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def _latex_spread(group: Group, number: str) -> str:
+    mean, std = group.mean(number), group.std(number)
+    if mean is None:
+        return "--"
+    return f"${100 * mean:.1f}" + (rf" \pm {100 * std:.1f}$" if std is not None else "$")
+
+
+def _in_latex(text: str) -> str:
+    return re.sub("|".join(map(re.escape, _LATEX)), lambda mark: _LATEX[mark[0]], text)
 
 
 def _header(*more: str) -> list[str]:
