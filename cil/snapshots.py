@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from cil.build import Run
@@ -136,7 +136,7 @@ def spread(labels: Int[Tensor, " all"], num_classes: int, most: int) -> Int[Tens
     return torch.cat([torch.nonzero(labels == label).flatten()[:each] for label in classes])
 
 
-def examples(right: Int[Tensor, " images"] | Tensor) -> Int[Tensor, " chosen"]:
+def examples(right: Bool[Tensor, " images"]) -> Int[Tensor, " chosen"]:
     """Right answers, then wrong ones, half and half as far as there are so many, evenly spaced among all of them."""
     groups = [torch.nonzero(right).flatten(), torch.nonzero(~right).flatten()]
     half = MOST_EXAMPLES // 2

@@ -64,6 +64,12 @@ def assert_as_if_nothing_happened(run: Path, whole: Path) -> None:
     assert_same_weights(weights_of(run), weights_of(whole))
     assert facts_of(run) == facts_of(whole)
     assert content_of(run).keys() == content_of(whole).keys()
+    assert snapshots_of(run) == snapshots_of(whole) != {}
+
+
+def snapshots_of(run: Path) -> dict[str, bytes]:
+    """What was kept for the report."""
+    return {name: content for name, content in content_of(run).items() if "/report/" in name}
 
 
 @pytest.mark.parametrize(

@@ -73,8 +73,9 @@ def finetuning(run: RunFolder) -> Drawing | None:
         axes.plot(where, after, "o", color=PALETTE[0], markersize=6.5, label="after")
         if len(where) <= MOST_LABELLED_TASKS:
             for x, low, high in zip(where, before, after, strict=True):
-                text = f"  {high - low:+.1f}".replace("-", "\N{MINUS SIGN}")
-                axes.text(x, (low + high) / 2, text, va="center", fontsize=9, color=SOFT)
+                text = f"{high - low:+.1f}".replace("-", "\N{MINUS SIGN}")
+                place = {"xytext": (8, 0), "textcoords": "offset points"}
+                axes.annotate(text, (x, (low + high) / 2), va="center", fontsize=9, color=SOFT, **place)
         axes.set(xlabel="task", ylabel="accuracy (%)", xlim=(where[0] - 0.5, where[-1] + 0.7))
         axes.xaxis.set_major_locator(MaxNLocator(nbins=MOST_LABELLED_TASKS, integer=True, min_n_ticks=1))
         axes.margins(y=0.12)

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from cil.report.drawing import (
+    HEIGHT,
     INK,
     LINE,
     MOST_LABELLED_TASKS,
@@ -19,7 +20,6 @@ from cil.report.drawing import (
     Drawing,
     cells,
     draw,
-    height_for,
     legend_below,
     number_tasks,
 )
@@ -28,6 +28,7 @@ from cil.report.snapshots import Snapshot
 MOST_NAMED_CLASSES = 20  # with their names at the axes
 MOST_TOLD_CELLS = 20_000  # of a confusion matrix, which the page says in words
 _LONGEST_NAME = 14
+_SQUARE = 4.4  # inches: room for a square beside its labels
 _SHARPEST_PIXELS = 480  # along a matrix of pixels, which papers must not blur
 _FEWEST_FOR_TSNE, _PERPLEXITY = 30, 30.0
 
@@ -49,7 +50,9 @@ def task_confusion(snapshot: Snapshot) -> Drawing | None:
         axes.set(xlabel="answer is a class of task (%)", ylabel="image of task")
         number_tasks(axes.xaxis, axes.yaxis)
 
-    return draw("task_confusion", paint, height_for(num_tasks), title="Confusion between tasks")
+        axes.set_aspect("equal")
+
+    return draw("task_confusion", paint, _SQUARE, title="Confusion between tasks")
 
 
 def class_confusion(snapshot: Snapshot) -> Drawing:
@@ -83,7 +86,7 @@ def class_confusion(snapshot: Snapshot) -> Drawing:
     told = np.argsort(-confusion[rows, columns], kind="stable")[:MOST_TOLD_CELLS]
     entries = [[int(rows[i]), int(columns[i]), int(confusion[rows[i], columns[i]])] for i in told]
     facts = {"names": names, "entries": entries, "totals": confusion.sum(axis=1).tolist()}
-    return draw("class_confusion", paint, 4.6, "Confusion between classes", facts)
+    return draw("class_confusion", paint, _SQUARE, "Confusion between classes", facts)
 
 
 def _pixels(shares: np.ndarray) -> np.ndarray:
@@ -123,8 +126,7 @@ def class_accuracies(snapshots: Sequence[Snapshot]) -> Drawing:
             axes.set(xlabel="class, in learned order", xlim=(-1, len(names)))
         legend_below(axes, columns=2)
 
-    height = height_for(len(names), 0.24) if is_small else 3.2
-    return draw("class_accuracy", paint, height, title="Accuracy of each class")
+    return draw("class_accuracy", paint, _SQUARE if is_small else HEIGHT, title="Accuracy of each class")
 
 
 def when_new(snapshots: Sequence[Snapshot]) -> np.ndarray:
@@ -158,7 +160,7 @@ def embedding_map(snapshot: Snapshot) -> Drawing | None:
             if chosen.any():
                 axes.plot(*flat[chosen].T, linestyle="", markersize=4.2, alpha=0.75, label=label, **look)
         if len(snapshot.class_names) <= MOST_NAMED_CLASSES:
-            ground = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.8, "pad": 1.2, "boxstyle": "round"}
+            ground = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.6, "pad": 0.8}
             for label in np.unique(labels):
                 where, name = np.median(flat[labels == label], axis=0), shortened(snapshot.class_names[label])
                 axes.text(*where, name, ha="center", va="center", fontsize=9, weight="bold", color=INK, bbox=ground)
@@ -168,7 +170,7 @@ def embedding_map(snapshot: Snapshot) -> Drawing | None:
         axes.margins(0.04)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=4, handletextpad=0.1, columnspacing=1)
 
-    return draw("embedding", paint, 4.2, title="Map of the embeddings of evaluation images")
+    return draw("embedding", paint, _SQUARE, title="Map of the embeddings of evaluation images")
 
 
 def _flattened(points: np.ndarray) -> np.ndarray:
@@ -205,7 +207,9 @@ def token_distances(snapshot: Snapshot) -> Drawing | None:
         axes.set(xlabel="token of task", ylabel="token of task")
         number_tasks(axes.xaxis, axes.yaxis)
 
-    return draw("tokens", paint, height_for(len(distances)), title="Cosine distances between task tokens")
+        axes.set_aspect("equal")
+
+    return draw("tokens", paint, _SQUARE, title="Cosine distances between task tokens")
 
 
 def shortened(name: str) -> str:

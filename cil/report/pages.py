@@ -42,7 +42,6 @@ class ClassRow(NamedTuple):
 
     name: str
     task: int
-    num_images: int
     when_new: float | None
     now: float | None
     taken: tuple[str, float] | None
@@ -306,7 +305,7 @@ def _classes(snapshots: Sequence[Snapshot]) -> list[ClassRow]:
         other = int(wrong.argmax())
         taken = (names[other], wrong[other] / total) if wrong[other] else None
         was = None if np.isnan(then[label]) else float(then[label])
-        rows.append(ClassRow(name, int(task) + 1, total, was, float(now) if total else None, taken))
+        rows.append(ClassRow(name, int(task) + 1, was, float(now) if total else None, taken))
     return rows
 
 

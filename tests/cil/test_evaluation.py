@@ -62,6 +62,10 @@ def test_right_answers_are_counted_by_task_over_all_known_classes(
             expected[task] += int(row.argmax()) == label
             top += label in row.topk(TOP_K).indices.tolist()
     assert counts == Counts(expected, total, top)
+    assert counts.confusion is not None
+    right = counts.confusion.diagonal().split([3, 1, 2])
+    assert [int(some.sum()) for some in right] == expected
+    assert [int(some.sum()) for some in counts.confusion.sum(dim=1).split([3, 1, 2])] == total
     assert sum(total) < NUM_IMAGES
 
 
