@@ -66,7 +66,9 @@ def as_csv(groups: Sequence[Group]) -> str:
     out = io.StringIO()
     spreads = [f"{number}_{kind}" for number in _NUMBERS for kind in ("mean", "std")]
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["runs", "protocol", "num_finished", "num_unfinished", *spreads, *(f"{cost}_mean" for cost in _COSTS)])
+    writer.writerow(
+        ["runs", "protocol", "num_finished", "num_unfinished", *spreads, *(f"{cost}_mean" for cost in _COSTS)]
+    )
     for group in groups:
         numbers = [value for number in _NUMBERS for value in (group.mean(number), group.std(number))]
         numbers += [group.mean(cost) for cost in _COSTS]

@@ -73,7 +73,9 @@ def test_the_confusion_matrix_holds_the_accuracies_that_the_run_tells(run: Path)
     metrics = metrics_of(run)
     for snapshot in read_snapshots(run):
         confusion = snapshot.confusion
-        row = [confusion[i : i + 2, :].diagonal(i).sum() / confusion[i : i + 2].sum() for i in range(0, len(confusion), 2)]
+        row = [
+            confusion[i : i + 2, :].diagonal(i).sum() / confusion[i : i + 2].sum() for i in range(0, len(confusion), 2)
+        ]
         assert row == pytest.approx(metrics["accuracy_matrix"][snapshot.stage][: snapshot.stage + 1])
 
 
@@ -95,7 +97,11 @@ def test_writer_and_reader_speak_of_one_format() -> None:
 
 @pytest.mark.parametrize(
     ("learner", "model", "kind"),
-    [("finetune", "resnet20", "class_activation"), ("icarl", "resnet20", "class_activation"), ("podnet", "resnet20", None)],
+    [
+        ("finetune", "resnet20", "class_activation"),
+        ("icarl", "resnet20", "class_activation"),
+        ("podnet", "resnet20", None),
+    ],
 )
 def test_convolutional_learners_show_class_maps_where_they_have_them(
     tmp_path: Path, learner: str, model: str, kind: str | None
@@ -219,7 +225,9 @@ def test_features_that_are_all_alike_are_a_point() -> None:
     assert shares[0] == 0
 
 
-@pytest.mark.parametrize(("shape", "expected"), [((3, 224, 112), (3, 32, 16)), ((1, 8, 8), (1, 8, 8)), ((3, 900, 2), (3, 32, 1))])
+@pytest.mark.parametrize(
+    ("shape", "expected"), [((3, 224, 112), (3, 32, 16)), ((1, 8, 8), (1, 8, 8)), ((3, 900, 2), (3, 32, 1))]
+)
 def test_thumbnails_are_bounded_and_never_larger(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
     images: Tensor = torch.full((2, *shape), 77, dtype=torch.uint8)
     small = thumbnails(images, LARGEST_EXEMPLAR)

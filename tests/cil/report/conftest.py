@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -158,6 +159,47 @@ def write_run(
     return folder
 
 
+def write_snapshots(run: Path, stages: int = NUM_TASKS, *, names: list[str] | None = None, per_task: int = 2) -> Path:
+    """Snapshots of the first stages of a run, as `cil.snapshots` writes them: 30 images of each class, 3 x 12 x 12."""
+    names = CLASS_NAMES if names is None else names
+    numbers = np.random.default_rng(0)
+    for stage in range(stages):
+        seen = per_task * (stage + 1)
+        shares = np.full((seen, seen), 1.0) + 12 * np.eye(seen)
+        confusion = np.stack([numbers.multinomial(30, row / row.sum()) for row in shares]).astype(np.int32)
+        labels = np.repeat(np.arange(seen), 4).astype(np.int32)
+        answers = np.where(numbers.random(len(labels)) < 0.8, labels, 0).astype(np.int32)
+        said = [(0, 0), (1, 1), (1, 0)]
+        facts = {
+            "format": 1,
+            "stage": stage,
+            "split": "test",
+            "read_by": "classifier",
+            "class_names": names[:seen],
+            "task_sizes": [per_task] * (stage + 1),
+            "maps": "class_activation",
+            "examples": [{"id": 7, "label": a, "answer": b, "score": 0.5} for a, b in said],
+            "embedding_variance": [0.5, 0.3],
+            "exemplar_labels": [0, 0, 1],
+        }
+        arrays = {
+            "confusion": confusion,
+            "embedding": (numbers.normal(size=(len(labels), 8)) + 3 * np.eye(8)[labels % 8]).astype(np.float16),
+            "embedding_labels": labels,
+            "embedding_answers": answers,
+            "examples": numbers.integers(0, 255, (3, 3, 12, 12), dtype=np.uint8),
+            "maps": numbers.integers(0, 255, (3, 4, 4), dtype=np.uint8),
+            "exemplars": numbers.integers(0, 255, (3, 3, 12, 12), dtype=np.uint8),
+        }
+        if stage:
+            arrays["token_distances"] = (1 - np.eye(stage + 1)).astype(np.float32)
+        folder = run / f"stage_{stage:03d}" / "report"
+        folder.mkdir(parents=True)
+        (folder / "facts.json").write_text(json.dumps(facts))
+        np.savez_compressed(folder / "arrays.npz", **arrays)  # type: ignore[arg-type]
+    return run
+
+
 def write_evaluation(log: EventLog, stage: int, when: str, per_task: list[float]) -> None:
     """The two events of one evaluation; tasks have equal numbers of images."""
     num_images = (stage + 1) * CLASSES_PER_TASK * IMAGES_PER_CLASS
@@ -185,3 +227,9 @@ def write_run_anywhere() -> Callable[..., Path]:
 def make_run(tmp_path: Path) -> Callable[..., Path]:
     """`make_run(name, ...)` writes a run folder below a folder of runs of its own."""
     return lambda name="demo", **facts: write_run(tmp_path / "runs" / name, **facts)
+
+
+@pytest.fixture(scope="session")
+def with_snapshots(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with snapshots; not to be changed."""
+    return write_snapshots(write_run(tmp_path_factory.mktemp("snapshots") / "demo"))
