@@ -1,9 +1,9 @@
 """What the report shows of a stage beyond the numbers, kept under `stage_NNN/report/`: the one place that writes it.
 
-`facts.json` holds names and labels, `arrays.npz` the rest, both small whatever the run: see the bounds below. A snapshot
-is a function of the network, the memory and the data alone. It draws no random number and leaves learner and memory as
-they are, so a run with snapshots has the bits of one without, and a resumed run the snapshots of one that went through.
-`cil.report` reads them, without torch.
+`facts.json` holds names and labels, `arrays.npz` the rest, both small whatever the run: see the bounds below. A
+snapshot is a function of the network, the memory and the data alone. It draws no random number and leaves learner and
+memory as they are, so a run with snapshots has the bits of one without, and a resumed run the snapshots of one that
+went through. `cil.report` reads them, without torch.
 
 | array | shape | what |
 |---|---|---|
@@ -18,6 +18,7 @@ they are, so a run with snapshots has the bits of one without, and a resumed run
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def write(run_folder: Path, run: Run, stage: Stage, counts: Counts, means: Tenso
     """
     facts, arrays = snapshot(run, stage, counts, means)
     folder = stage_folder(run_folder, stage.index) / FOLDER
-    write_atomically(folder / ARRAYS, lambda file: np.savez_compressed(file, **arrays))
+    write_atomically(folder / ARRAYS, lambda file: np.savez_compressed(file, **arrays))  # type: ignore[arg-type]
     text = json.dumps(facts, indent=1, allow_nan=False) + "\n"
     write_atomically(folder / FACTS, lambda file: file.write(text.encode()))
 
@@ -83,7 +84,7 @@ def snapshot(
         "examples": [],
         "maps": None,
     }
-    answer = learner.predict
+    answer: Callable[[Tensor], Tensor] = learner.predict
     if means is not None and learner.read_by == "nearest_mean":
         answer, facts["read_by"] = nearest_to(means, learner), "nearest_mean"
 

@@ -122,7 +122,8 @@ class ClassAttention(nn.Module):
         k = rearrange(self.k(patches), split, head=self.num_heads)
         q = q * q.shape[-1] ** -0.5
         to_itself = (q * own_k).sum(dim=-1, keepdim=True).expand(len(patches), -1, -1, -1)
-        return torch.cat([to_itself, q @ k.mT], dim=-1).softmax(dim=-1)[..., 1:].mean(dim=1)
+        weights: Tensor = torch.cat([to_itself, q @ k.mT], dim=-1).softmax(dim=-1)
+        return weights[..., 1:].mean(dim=1)
 
 
 class MLP(nn.Module):
@@ -311,7 +312,8 @@ class DyToxNetwork(PatchNetwork):
         *before, last = self.decoder
         for block in before:
             tasks = block(tasks, patches)
-        looks = last.attention.looks(last.norm1(tasks), last.norm1(patches))[:, -1]  # type: ignore[operator, union-attr]
+        assert isinstance(last, DecoderBlock)
+        looks = last.attention.looks(last.norm1(tasks), last.norm1(patches))[:, -1]
         return rearrange(looks, "b (h w) -> b h w", h=images.shape[2] // self.patch_embedding.kernel_size[0])
 
     def classify(self, answers: Float[Tensor, "batch tasks width"]) -> Float[Tensor, "batch classes"]:

@@ -185,3 +185,9 @@ def numbers(values: Sequence[object]) -> "np.ndarray":
 def percent(values: Sequence[object]) -> "np.ndarray":
     """Fractions in per cent, NaN for None."""
     return 100 * numbers(values)
+
+
+def signed(points: float) -> str:
+    """A difference in points with its sign, none if it rounds to 0."""
+    text = f"{points:+.1f}".replace("-", "\N{MINUS SIGN}")
+    return text if text[1:] != "0.0" else "0.0"

@@ -26,6 +26,7 @@ from cil.report.drawing import (
     number_tasks,
     numbers,
     percent,
+    signed,
 )
 from cil.report.folders import RunFolder
 
@@ -73,9 +74,10 @@ def finetuning(run: RunFolder) -> Drawing | None:
         axes.plot(where, after, "o", color=PALETTE[0], markersize=6.5, label="after")
         if len(where) <= MOST_LABELLED_TASKS:
             for x, low, high in zip(where, before, after, strict=True):
-                text = f"{high - low:+.1f}".replace("-", "\N{MINUS SIGN}")
-                place = {"xytext": (8, 0), "textcoords": "offset points"}
-                axes.annotate(text, (x, (low + high) / 2), va="center", fontsize=9, color=SOFT, **place)
+                text = signed(high - low)
+                axes.annotate(
+                    text, (x, (low + high) / 2), (8, 0), textcoords="offset points", va="center", fontsize=9, color=SOFT
+                )
         axes.set(xlabel="task", ylabel="accuracy (%)", xlim=(where[0] - 0.5, where[-1] + 0.7))
         axes.xaxis.set_major_locator(MaxNLocator(nbins=MOST_LABELLED_TASKS, integer=True, min_n_ticks=1))
         axes.margins(y=0.12)
@@ -283,7 +285,7 @@ def _over_epochs(axes: Axes, epochs: Sequence[dict[str, object]], lines: dict[st
     finite = np.concatenate([values[np.isfinite(values)] for values in lines.values()])
     if finite.size and finite.min() > 0 and finite.max() / finite.min() > _LOG_ABOVE_RATIO:
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_major_formatter(lambda value, _: np.format_float_positional(value, precision=10, trim="-"))
     axes.set(
         xlabel="epoch of the run (top: task)" if labelled else "epoch of the run",
         ylabel=ylabel,
@@ -297,8 +299,10 @@ def _over_epochs(axes: Axes, epochs: Sequence[dict[str, object]], lines: dict[st
 def _accuracy_axis(axes: Axes, seen: Sequence[int]) -> None:
     step = 10
     lowest = step * math.floor(axes.dataLim.y0 / step) if math.isfinite(axes.dataLim.y0) else 0
-    axes.set(xlabel="classes seen", ylabel="accuracy (%)", ylim=(max(0, lowest), 102))
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, steps=[1, 2, 5, 10]))
+    lowest = max(0, lowest)
+    ticks = MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]).tick_values(lowest, 100)
+    axes.set_yticks([tick for tick in ticks if lowest <= tick <= 100])  # room above them, where a line runs along 100
+    axes.set(xlabel="classes seen", ylabel="accuracy (%)", ylim=(lowest, 100 + (100 - lowest) / 40))
     if len(seen) <= MOST_LABELLED_TASKS:
         axes.set_xticks(list(seen))
 

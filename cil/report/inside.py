@@ -126,7 +126,7 @@ def class_accuracies(snapshots: Sequence[Snapshot]) -> Drawing:
             axes.set(xlabel="class, in learned order", xlim=(-1, len(names)))
         legend_below(axes, columns=2)
 
-    return draw("class_accuracy", paint, _SQUARE if is_small else HEIGHT, title="Accuracy of each class")
+    return draw("class_accuracy", paint, _SQUARE if is_small else HEIGHT + 0.6, title="Accuracy of each class")
 
 
 def when_new(snapshots: Sequence[Snapshot]) -> np.ndarray:
@@ -160,10 +160,15 @@ def embedding_map(snapshot: Snapshot) -> Drawing | None:
             if chosen.any():
                 axes.plot(*flat[chosen].T, linestyle="", markersize=4.2, alpha=0.75, label=label, **look)
         if len(snapshot.class_names) <= MOST_NAMED_CLASSES:
-            ground = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.6, "pad": 0.8}
+            look = {"ha": "center", "va": "bottom", "fontsize": 9, "weight": "bold", "color": INK}
+            look["bbox"] = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.6, "pad": 0.8}
             for label in np.unique(labels):
-                where, name = np.median(flat[labels == label], axis=0), shortened(snapshot.class_names[label])
-                axes.text(*where, name, ha="center", va="center", fontsize=9, weight="bold", color=INK, bbox=ground)
+                own = flat[labels == label]
+                middle = np.median(own, axis=0)
+                near = own[np.abs(own - middle).max(axis=1) <= 3 * np.median(np.abs(own - middle))]
+                top = near[:, 1].max() if len(near) else middle[1]
+                name = shortened(snapshot.class_names[label])
+                axes.annotate(name, (middle[0], top), (0, 4), textcoords="offset points", **look)
         axes.set(xticks=[], yticks=[])
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from cil.progress import duration
 from cil.report import figures, inside, pictures
 from cil.report.comparison import Difference, Group, differences, grouped, paired
-from cil.report.drawing import THEME, Drawing
+from cil.report.drawing import THEME, Drawing, signed
 from cil.report.folders import RunFolder, is_run, read_run
 from cil.report.snapshots import Snapshot
 from cil.report.table import as_csv, as_latex
@@ -399,7 +399,7 @@ def _facts(facts: Mapping[str, Any]) -> Markup:
 
 def _signed(fraction: int | float | None) -> str:
     """A difference of accuracies with its sign."""
-    return NOTHING if fraction is None else f"{100 * fraction:+.1f}".replace("-", "\N{MINUS SIGN}")
+    return NOTHING if fraction is None else signed(100 * fraction)
 
 
 def _bytes(size: int | float | None) -> str:

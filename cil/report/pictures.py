@@ -41,7 +41,7 @@ class Kept(NamedTuple):
 
     name: str
     strip: str
-    count: int
+    num_images: int
     shown_width: int
 
 

@@ -33,7 +33,8 @@ class Snapshot:
         path = self.folder / "arrays.npz"
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                return arrays[name] if name in arrays else None
+                found: np.ndarray | None = arrays.get(name)
+                return found
         except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
 

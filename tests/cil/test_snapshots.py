@@ -198,7 +198,7 @@ def test_exemplars_are_the_best_of_each_class_and_bounded(num_classes: int) -> N
     places = best_exemplars(labels, num_classes)
     assert 0 < len(places) <= MOST_EXEMPLARS
     assert bool((places % 20 < 8).all())
-    assert bool(((places % 20 == 0).sum() == labels[places].unique().numel()))
+    assert bool((places % 20 == 0).sum() == labels[places].unique().numel())
 
 
 def test_without_memory_there_are_no_exemplars() -> None:

@@ -118,7 +118,7 @@ def test_pictures_are_the_images_that_were_kept(last: Snapshot) -> None:
     for example, image in zip(pictures.examples(last), images, strict=True):
         found = Image.open(io.BytesIO(base64.b64decode(example.image.split(",")[1])))
         assert (np.moveaxis(np.asarray(found), 2, 0) == image).all()
-    assert [(kept.name, kept.count) for kept in pictures.exemplars(last)] == [("zero", 2), ("one", 1)]
+    assert [(kept.name, kept.num_images) for kept in pictures.exemplars(last)] == [("zero", 2), ("one", 1)]
 
 
 def test_images_of_one_channel_are_grey(last: Snapshot) -> None:
