@@ -111,7 +111,8 @@ def class_accuracies(snapshots: Sequence[Snapshot]) -> Drawing:
         size = {True: 6.5, False: 4.0}[is_small] if len(names) <= 120 else 2.2
         lines = axes.hlines if is_small else axes.vlines
         lines(place, 100 * then, 100 * now, color=SOFT, linewidth=1.4 if is_small else 0.8)
-        for values, face, label in ((then, PAPER, "when its task was new"), (now, PALETTE[0], "now")):
+        series = [(then, PAPER, "when its task was new")] if np.isfinite(then).any() else []
+        for values, face, label in [*series, (now, PALETTE[0], "now")]:
             across = (100 * values, place) if is_small else (place, 100 * values)
             axes.plot(*across, "o", color=PALETTE[0], markerfacecolor=face, markersize=size, label=label, linestyle="")
         for border in np.flatnonzero(np.diff(tasks)) + 0.5:
@@ -124,16 +125,17 @@ def class_accuracies(snapshots: Sequence[Snapshot]) -> Drawing:
             axes.grid(visible=True, axis="x")
         else:
             axes.set(xlabel="class, in learned order", xlim=(-1, len(names)))
-        legend_below(axes, columns=2)
+        if series:
+            legend_below(axes, columns=2)
 
     return draw("class_accuracy", paint, _SQUARE if is_small else HEIGHT + 0.6, title="Accuracy of each class")
 
 
 def when_new(snapshots: Sequence[Snapshot]) -> np.ndarray:
-    """Accuracy on each class after its own task; NaN where that stage has no snapshot."""
+    """Accuracy on each class after its own task; NaN where that stage has no snapshot, or all classes are one task."""
     tasks = snapshots[-1].task_of_class
     then = np.full(len(tasks), np.nan)
-    for snapshot in snapshots:
+    for snapshot in snapshots if tasks[-1] else ():
         own = np.flatnonzero(tasks == snapshot.stage)
         then[own] = snapshot.class_accuracy[own]
     return then
@@ -147,13 +149,18 @@ def embedding_map(snapshot: Snapshot) -> Drawing | None:
         return None
     flat = _flattened(points.astype(np.float64))
     tasks = snapshot.task_of_class[labels]
-    newest, right = tasks == snapshot.stage, answers == labels
+    newest, right = tasks == tasks.max(), answers == labels
     kinds: list[tuple[str, np.ndarray, dict[str, Any]]] = [
         ("old classes", ~newest & right, {"color": PALETTE[0], "marker": "o"}),
         ("new classes", newest & right, {"color": PALETTE[1], "marker": "^"}),
         ("old, wrong", ~newest & ~right, {"color": PALETTE[0], "marker": "x"}),
         ("new, wrong", newest & ~right, {"color": PALETTE[1], "marker": "x"}),
     ]
+    if newest.all():
+        kinds = [
+            ("right", right, {"color": PALETTE[0], "marker": "o"}),
+            ("wrong", ~right, {"color": PALETTE[1], "marker": "x"}),
+        ]
 
     def paint(axes: Axes) -> None:
         for label, chosen, look in kinds:

@@ -156,7 +156,9 @@ def _sections(run: RunFolder, snapshot: Snapshot | None) -> list[Section]:
             ("Confusion between classes", confusion, inside.class_confusion(snapshot)),
             (
                 "Accuracy of each class",
-                "Now, and when its task had just been learned. Lines part the tasks.",
+                "Now, and when its task had just been learned. Lines part the tasks."
+                if snapshot.task_of_class[-1]
+                else "In the order of learning.",
                 inside.class_accuracies(run.snapshots),
             ),
         ]

@@ -105,6 +105,16 @@ def test_many_classes_are_pixels_and_their_numbers_are_bounded(tmp_path: Path) -
     assert page.stat().st_size < 2_000_000
 
 
+def test_classes_that_are_one_task_have_no_before(tmp_path: Path) -> None:
+    """As in a run of static distillation."""
+    run = write_snapshots(write_run(tmp_path / "run", stages=1), 1, per_task=10)
+    text = text_of(write_report(run))
+    assert np.isnan(when_new(read_snapshots(run))).all()
+    assert "Accuracy, and the most frequent mistake" in text
+    assert "Confusion between classes" in text
+    assert not [words for words in ("Confusion between tasks", "old classes of", "when its task") if words in text]
+
+
 def test_points_of_the_map_are_where_they_were(last: Snapshot) -> None:
     first, second = embedding_map(last), embedding_map(last)
     assert first is not None
