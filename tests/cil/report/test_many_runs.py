@@ -12,7 +12,7 @@ from cil.report import write_comparison
 
 MakeRun = Callable[..., Path]
 NUM_RUNS, SEEDS = 200, 4
-MOST_SECONDS = 30  # of the processor; a core of 2020 takes about a fifth of it
+MOST_SECONDS = 20  # of the processor, of which it takes 2 to 3
 MOST_BYTES = 1_500_000
 
 
