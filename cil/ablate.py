@@ -69,11 +69,11 @@ def read(path: Path) -> Ablation:
     """
     try:
         return Ablation.model_validate(yaml.safe_load(path.read_text()))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError([f"{path}: cannot be read ({str(error).splitlines()[0]})"]) from error
     except ValidationError as error:
         problems = [(".".join(str(part) for part in found["loc"]), found["msg"]) for found in error.errors()]
         raise ConfigError([f"{path}: {f'{where}: ' if where else ''}{what}" for where, what in problems]) from error
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError([f"{path}: cannot be read ({str(error).splitlines()[0]})"]) from error
 
 
 def slug(name: str) -> str:

@@ -25,6 +25,7 @@ _NETWORK = "network."
 _MEANS = "class_means"
 _STATE, _PREVIOUS = "state.pt", "state.previous.pt"
 _CHECKSUMS = "checksums.json"
+_SUMMARY = "stage.json"
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -94,8 +95,12 @@ def _verify(path: Path, name: str | None = None) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write plain values as indented JSON, atomically."""
-    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    text = _as_json(value)
+    write_atomically(path, lambda file: file.write(text))
+
+
+def _as_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -105,10 +110,24 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: If the file is missing or damaged.
     """
     try:
-        value: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: missing or damaged ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: damaged (it must hold a mapping of keys, found {type(value).__name__})")
     return value
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """What `stage.json` says of a finished stage.
+
+    Raises:
+        ValueError: If the file is missing or damaged.
+    """
+    path = folder / _SUMMARY
+    if (folder / _CHECKSUMS).exists() and path.name in read_json(folder / _CHECKSUMS):  # older versions kept none
+        _verify(path)
+    return read_json(path)
 
 
 def stage_folder(run: Path, stage: int) -> Path:
@@ -150,9 +169,10 @@ def save_stage(
     rest = {name: value for name, value in learner.items() if not name.startswith(_NETWORK)}
     write_checked(folder / "network.safetensors", lambda file: file.write(save(network)))
     if means is not None:
-        text = save({_MEANS: means.contiguous()})
-        write_checked(folder / f"{_MEANS}.safetensors", lambda file: file.write(text))
-    write_json(folder / "stage.json", summary)
+        saved = save({_MEANS: means.contiguous()})
+        write_checked(folder / f"{_MEANS}.safetensors", lambda file: file.write(saved))
+    text = _as_json(summary)
+    write_checked(folder / _SUMMARY, lambda file: file.write(text))
     save_state(run, stage, {**state, "learner": rest})
 
 
@@ -191,8 +211,9 @@ def _load(path: Path, device: torch.device, protocol: str | None) -> dict[str, A
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # whatever a file that is none of torch's makes the reader say
         raise ValueError(f"{path}: cannot be read ({type(error).__name__})") from error
-    if state.get("format") != FORMAT:
-        raise ValueError(f"{path}: written in format {state.get('format')}, this version reads format {FORMAT}")
+    written = state.get("format") if isinstance(state, dict) else None
+    if written != FORMAT:
+        raise ValueError(f"{path}: written in format {written}, this version reads format {FORMAT}")
     if protocol is not None and state.get("protocol", protocol) != protocol:
         raise ValueError(f"{path}: of protocol {state['protocol']}, this run has {protocol}")
     if not any(name.startswith(_NETWORK) for name in state["learner"]):

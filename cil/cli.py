@@ -229,12 +229,11 @@ def _main(arguments: list[str], program: str, config_name: str) -> int:
         return 0
     show = "--cfg" in arguments
     if any(argument in SWEEP for argument in arguments):
-        from cil.config import ConfigError
         from cil.sweep import sweep
 
         try:
             return sweep([argument for argument in arguments if argument not in SWEEP], program, config_name)
-        except ConfigError as error:
+        except ValueError as error:
             return _refuse(error)
     try:
         return _run([argument for argument in arguments if argument != "--cfg"], show, config_name)
@@ -285,8 +284,13 @@ def _carry_out(config: "RunConfig", run: "Run | None") -> int:
     distributed.stop()
     if not _is_first():
         return 0
-    report = write_report(config.folder)
-    metrics = read_metrics(config.folder)
+    try:
+        report, metrics = write_report(config.folder), read_metrics(config.folder)
+    except ValueError as error:
+        return _refuse(error)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     shown = {"average incremental accuracy": metrics.get("average_incremental_accuracy")}
     shown["last accuracy"] = metrics["last_accuracy"]
     print(", ".join(f"{name} {value:.4f}" for name, value in shown.items() if value is not None))

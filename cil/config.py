@@ -1,6 +1,7 @@
 """The composed tree of a run: what may stand in it, and every problem with it at once."""
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from functools import partial
@@ -540,7 +541,7 @@ def _check_distiller(
     weights = {key: values[key] for key in ("weight", "task_weight") if key in own and key in values}
     weights = {"weight": 1.0} | weights
     for key, weight in weights.items():
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or weight < 0:
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
             problems.append(f"kd.{name}.{key}: must be a number of 0 or more, found {weight!r}")
     if not isinstance(method, str):
         problems.append(f"kd.{name}.method: must be a name, found {method!r}")

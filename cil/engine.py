@@ -20,7 +20,7 @@ from cil.batches import Batches
 from cil.build import Run
 from cil.evaluation import Counts
 from cil.events import EventLog
-from cil.folder import machine
+from cil.folder import config_digest, machine
 from cil.learners.base import Reading
 from cil.optim import Carried, learning_rates, make_optimizer, set_learning_rate, state_by_name, take_state
 from cil.progress import Progress
@@ -207,6 +207,7 @@ class Engine:
         self.position = Position(stage.index + 1)
         summary = {
             "stage": stage.index,
+            "config": self.digest,
             "labels": [stage.labels.start, stage.labels.stop - 1],
             "network": self.learner.network.structure(),
             **self.parts.facts(stage),
@@ -561,6 +562,11 @@ class Engine:
         """What this run's results are comparable with; a state of another protocol is none of this run."""
         return protocol(self.config, self.data, self.tasks)
 
+    @property
+    def digest(self) -> str:
+        """What the weights of this run belong to."""
+        return config_digest(self.config.model_dump(mode="json"))
+
     def is_due(self) -> bool:
         """Whether it is time to save the state."""
         wanted = self.config.checkpoint
@@ -592,6 +598,7 @@ class Engine:
             "learner": self.learner.state_dict(),
             "training": training,
             "epoch": asdict(self.epoch),
+            "config": self.digest,
             "protocol": self.protocol,
             "carried": self.carried,
             "memory": self.memory.state_dict(),
@@ -605,6 +612,11 @@ class Engine:
         state = checkpoint.load_state(self.folder, self.precision.device, self.protocol)
         resumed_at = None
         if state is not None:
+            if state.get("config", self.digest) != self.digest:
+                raise ValueError(
+                    f"{self.folder}: its newest checkpoint is of a run of another config, copied here; take it away, "
+                    "or begin again with overwrite=true"
+                )
             self.position = Position(**state["position"])
             self.learner.rebuild(state["structure"])
             self.learner.to(self.precision.device, self.precision.dtype)

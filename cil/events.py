@@ -153,9 +153,13 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines[:-1], start=1):  # what follows the last line end is empty or torn
         try:
             event = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-        if not isinstance(event, dict) or not {"event", "time", "elapsed_seconds"} <= event.keys():
+        if (
+            not isinstance(event, dict)
+            or not {"event", "time", "elapsed_seconds"} <= event.keys()
+            or not isinstance(event["elapsed_seconds"], int | float)
+        ):
             raise ValueError(
                 f"{path}, line {number}: an event has event, time and elapsed_seconds, found {event!r:.80}"
             )

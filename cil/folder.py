@@ -1,6 +1,7 @@
 """The run folder: made once, never overwritten, and only continued by the config that it was made with."""
 
 import fcntl
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -114,9 +115,24 @@ def _differing(config: RunConfig) -> list[str]:
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
-    """The content of `metrics.json`."""
-    metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
+    """The content of `metrics.json`.
+
+    Raises:
+        ValueError: If it is missing or damaged.
+    """
+    try:
+        metrics = checkpoint.read_json(folder / "metrics.json")
+        if "finished" not in metrics:
+            raise ValueError(f"{folder / 'metrics.json'}: damaged (it does not say whether the run is finished)")
+    except ValueError as error:
+        raise ValueError(f"{error}; without this file the same command writes it again") from error
     return metrics
+
+
+def config_digest(tree: dict[str, Any]) -> str:
+    """A hash of a config as `config.yaml` holds it, without the keys that say where a run is; null is as no key."""
+    facts = {key: value for key, value in _flat(tree).items() if key not in _PLACE and value is not None}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def git_state() -> dict[str, Any] | None:
@@ -140,7 +156,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         tree = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        json.dumps(tree, default=str, skipkeys=True)  # which says so if a mapping holds itself
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError([f"{path}: cannot be read ({str(error).splitlines()[0]})"]) from error
     if not isinstance(tree, dict):
         raise ConfigError([f"{path}: found no mapping of keys"])

@@ -1,6 +1,5 @@
 """Using what a run has learned."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +10,9 @@ from torch import Tensor
 
 from cil import checkpoint
 from cil.build import make_learner, make_network
-from cil.config import Config, Part, RunConfig, check
+from cil.config import Config, ConfigError, Part, RunConfig, check
 from cil.data import Transform
-from cil.folder import read_yaml
+from cil.folder import config_digest, read_yaml
 from cil.models.network import Network
 from cil.precision import resolve_device
 from kd import Outputs
@@ -82,16 +81,41 @@ def load(run: str | Path, stage: int | None = None, device: str = "cpu") -> Mode
     if stage is not None and not 0 <= stage < len(done):
         raise ValueError(f"{folder}: stage {stage} is not there; stages 0 to {len(done) - 1} are finished")
     place = done[-1 if stage is None else stage]
-    config = check(read_yaml(folder / "config.yaml")["config"])
-    summary = json.loads((place / "stage.json").read_text())
-    info = summary["data"]
-    part = Part(**summary["model"]) if "model" in summary else config.model
-    network = make_network(part, config.seed, tuple(info["input_shape"]))
-    if isinstance(config, Config):  # a learner may give a network another head
-        network = make_learner(config, network).network
-    network.rebuild(summary["network"])
-    where = resolve_device(device)
-    network.load_state_dict(checkpoint.load_network(place, where))
-    transform = Transform([], tuple(info["mean"]), tuple(info["std"]))
-    names, labels = tuple(info["class_names"]), tuple(info["class_labels"])
-    return Model(network.to(where).eval(), names, labels, transform, config, checkpoint.load_means(place, where))
+    config, digest = _config(folder)
+    summary, where = checkpoint.read_summary(place), resolve_device(device)
+    if summary.get("config", digest) != digest:
+        raise ValueError(f"{folder / 'config.yaml'}: damaged or changed; it is not the config that {place} is of")
+    if checkpoint.stage_folder(folder, summary.get("stage", -1)) != place:
+        raise ValueError(f"{place}: it holds stage {summary.get('stage')}: the folders of stages have been moved")
+    weights, means = checkpoint.load_network(place, where), checkpoint.load_means(place, where)
+    try:
+        info = summary["data"]
+        part = Part(**summary["model"]) if "model" in summary else config.model
+        network = make_network(part, config.seed, tuple(info["input_shape"]))
+        if isinstance(config, Config):  # a learner may give a network another head
+            network = make_learner(config, network).network
+        network.rebuild(summary["network"])
+        network.load_state_dict(weights)
+        transform = Transform([], tuple(info["mean"]), tuple(info["std"]))
+        names, labels = tuple(info["class_names"]), tuple(info["class_labels"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{place}: config, stage.json and weights do not fit together ({reason:.200})") from error
+    return Model(network.to(where).eval(), names, labels, transform, config, means)
+
+
+def _config(folder: Path) -> tuple[RunConfig, str]:
+    """The config of a run folder, and the hash of it as it is written there.
+
+    Raises:
+        ValueError: If it is damaged, or of a version that had other keys.
+    """
+    path = folder / "config.yaml"
+    tree = read_yaml(path).get("config")
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: damaged (config must be a mapping of keys, found {type(tree).__name__})")
+    try:
+        return check(tree), config_digest(tree)
+    except ConfigError as error:
+        more = f", and {len(error.problems) - 1} more" if len(error.problems) > 1 else ""
+        raise ValueError(f"{path}: damaged, or of another version ({error.problems[0]}{more})") from error

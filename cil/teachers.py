@@ -68,7 +68,7 @@ def find_teacher(config: StaticConfig) -> Path:
         if _MOVED_ASIDE.search(folder.name) or folder.name == config.name or not (folder / "config.yaml").is_file():
             continue
         metrics = read_metrics(folder)
-        if metrics["finished"] and metrics.get("student") and metrics["data_set"] == config.data.name:
+        if metrics["finished"] and metrics.get("student") and metrics.get("data_set") == config.data.name:
             finished[folder] = str(metrics["student"])
     matching = [folder for folder, student in finished.items() if student == named]
     if matching:
@@ -91,7 +91,7 @@ def load_teacher(folder: Path, config: StaticConfig, data: DataSet, device: torc
     """
     model = load(folder, device=str(device))
     stage = sorted(folder.glob("stage_*/stage.json"))[-1]
-    summary = checkpoint.read_json(stage)
+    summary = checkpoint.read_summary(stage.parent)
     info = summary["data"]
     part = Part(**summary["model"]) if "model" in summary else model.config.model
     wanted = {
@@ -111,8 +111,8 @@ def load_teacher(folder: Path, config: StaticConfig, data: DataSet, device: torc
     said = None
     if (folder / "metrics.json").is_file():
         metrics = read_metrics(folder)
-        if metrics["finished"] and metrics["evaluate_on"] == config.evaluate_on == "test":
-            said = float(metrics["last_accuracy"])
+        if metrics["finished"] and metrics.get("evaluate_on") == config.evaluate_on == "test":
+            said = metrics.get("last_accuracy")
     return Teacher(folder, model.network, part, checksum(stage.parent), said)
 
 
@@ -131,6 +131,8 @@ def pinned(run: Path, config: StaticConfig) -> Path:
     if not path.is_file() or config.overwrite:
         return find_teacher(config)
     began = checkpoint.read_json(path)
+    if missing := {"folder", "checksum", "accuracy"} - began.keys():
+        raise ConfigError([f"{path}: damaged (it has no {', '.join(sorted(missing))}); overwrite=true begins again"])
     folder = Path(began["folder"])
     if not (folder / "config.yaml").is_file():
         folder = find_teacher(config)

@@ -2,7 +2,9 @@
 
 import zipfile
 import zlib
+from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -13,6 +15,12 @@ from cil.data.base import DataSet, DataSource, ImageSet, MissingData, colour_sta
 
 _LAYOUT = "(images, height, width) or (images, height, width, channels)"
 _KEYS = ("x_train", "y_train", "x_test", "y_test")
+_PICKLED = (
+    "it holds Python objects, which could run code when they are read: store numbers, and names as an array of strings"
+)
+#: What NumPy raises for a damaged file; the last two for one that says its arrays are larger than they can be.
+_DAMAGED = (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error, MemoryError, OverflowError)
+_SHOWN = 5  # labels in a message
 _MAX_COLOURS = 4  # to tell the place of the channels in a message: grey, RGB, RGB with alpha
 
 
@@ -71,7 +79,7 @@ def read_npz(path: Path) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
     """
     try:
         # The file is opened here, since NumPy leaves its own open when the archive in it is damaged.
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        with path.open("rb") as file, _archive(file) as archive:
             missing = [key for key in _KEYS if key not in archive.files]
             if missing:
                 raise ValueError(f"it has no {', '.join(missing)}; found {', '.join(archive.files) or 'nothing'}")
@@ -84,9 +92,16 @@ def read_npz(path: Path) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
                 f"and {test.input_shape}"
             )
         return train, test, _class_names(train, test, arrays.get("classes"))
-    except (ValueError, AttributeError, TypeError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
-        # NumPy raises most of these for a damaged file, AttributeError and TypeError for one that is no archive.
-        raise ValueError(f"{path} is not usable as a data set: {error}") from error
+    except _DAMAGED as error:
+        reason = _PICKLED if "pickle" in str(error) else error
+        raise ValueError(f"{path} is not usable as a data set: {reason}") from error
+
+
+def _archive(file: BinaryIO) -> np.lib.npyio.NpzFile:
+    archive = np.load(file, allow_pickle=False)
+    if not isinstance(archive, np.lib.npyio.NpzFile):
+        raise ValueError("it is a single array and no archive of several: write it with numpy.savez")
+    return archive
 
 
 def _image_set(images: NDArray, labels: NDArray, part: str) -> ImageSet:
@@ -115,19 +130,24 @@ def _class_names(train: ImageSet, test: ImageSet, names: NDArray | None) -> tupl
         if int(labels.min()) < 0:
             raise ValueError(f"y_{part} must count from 0, found {int(labels.min())}")
     in_train, in_test = set(train.labels.tolist()), set(test.labels.tolist())
-    num_classes = max(in_train | in_test) + 1 if names is None else len(names)
-    expected = set(range(num_classes))
+    known = in_train | in_test
+    num_classes = max(known) + 1 if names is None else len(names)
     for problem, wrong in (
         (
             f"labels must lie in 0 to {num_classes - 1} (there are {num_classes} classes)",
-            (in_train | in_test) - expected,
+            sorted(label for label in known if label >= num_classes),
         ),
-        ("classes with test images must have training images", in_test - in_train),
-        ("classes with training images must have test images", in_train - in_test),
-        ("labels must have no gaps and every class must have images", expected - in_train - in_test),
+        ("classes with test images must have training images", sorted(in_test - in_train)),
+        ("classes with training images must have test images", sorted(in_train - in_test)),
+        (
+            "labels must have no gaps and every class must have images",
+            # a mistaken label may be huge, so the gaps below it are not all made
+            list(islice((label for label in range(num_classes) if label not in known), _SHOWN + 1)),
+        ),
     ):
         if wrong:
-            raise ValueError(f"{problem}; found otherwise: {sorted(wrong)[:5]}{' ...' if len(wrong) > 5 else ''}")
+            more = " ..." if len(wrong) > _SHOWN else ""
+            raise ValueError(f"{problem}; found otherwise: {wrong[:_SHOWN]}{more}")
     if names is None:
         return tuple(map(str, range(num_classes)))
     if names.ndim != 1 or len(set(names.tolist())) != num_classes:

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -257,17 +258,29 @@ def read_run(folder: Path, *, diary: bool = True) -> RunFolder:
         events=read_events(events) if wanted and events.is_file() else [],
         metrics=results,
     )
-    try:  # whatever is derived is derived here, so that a damaged file is one message and not a page half made
-        _ = run.stages, run.matrix, run.images_per_second
-    except (KeyError, TypeError, IndexError, ValueError) as error:
-        raise ValueError(f"{folder}: the files of this run do not fit together ({error!r})") from error
+    with fitting(folder):
+        _ = run.stages, run.matrix, run.images_per_second, run.settings
     return run
+
+
+@contextmanager
+def fitting(*folders: Path) -> Iterator[None]:
+    """A block that derives everything it tells from run folders, so that a damaged file is one message and no page.
+
+    Raises:
+        ValueError: If what their files say does not fit together.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
+        names = ", ".join(map(str, folders))
+        raise ValueError(f"{names}: the files of this run do not fit together ({error!r:.200})") from error
 
 
 def _mapping(path: Path, parse: Any) -> dict[str, Any]:
     try:
         content = parse(path.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a mapping, found {type(content).__name__}")

@@ -16,7 +16,7 @@ from cil.progress import duration
 from cil.report import figures, inside, pictures
 from cil.report.comparison import Difference, Group, differences, grouped, paired
 from cil.report.drawing import THEME, Drawing, signed
-from cil.report.folders import RunFolder, is_run, read_run
+from cil.report.folders import RunFolder, fitting, is_run, read_run
 from cil.report.snapshots import Snapshot
 from cil.report.table import as_csv, as_latex
 
@@ -85,25 +85,26 @@ def write_report(run_folder: Path, output: Path | None = None, figures_folder: P
         ValueError: If this is no run folder, or its files are damaged.
     """
     run = read_run(run_folder)
-    snapshot = run.snapshots[-1] if run.snapshots else None
-    sections = _sections(run, snapshot)
-    _save(sections, figures_folder)
-    groups = grouped([run])
-    return _write(
-        "run.html",
-        output or run_folder / "report.html",
-        run=run,
-        snapshot=snapshot,
-        unit="network" if run.is_static else "task",
-        headline=_headline(run),
-        sections=[(section, _shown(figures)) for section, figures in sections],
-        classes=_classes(run.snapshots),
-        examples=pictures.examples(snapshot) if snapshot else [],
-        exemplars=pictures.exemplars(snapshot) if snapshot else [],
-        circumstances=_circumstances(run),
-        config=yaml.safe_dump(run.record, sort_keys=False, allow_unicode=True) if run.record else None,
-        downloads=_downloads(groups),
-    )
+    with fitting(run_folder):
+        snapshot = run.snapshots[-1] if run.snapshots else None
+        sections = _sections(run, snapshot)
+        _save(sections, figures_folder)
+        groups = grouped([run])
+        return _write(
+            "run.html",
+            output or run_folder / "report.html",
+            run=run,
+            snapshot=snapshot,
+            unit="network" if run.is_static else "task",
+            headline=_headline(run),
+            sections=[(section, _shown(figures)) for section, figures in sections],
+            classes=_classes(run.snapshots),
+            examples=pictures.examples(snapshot) if snapshot else [],
+            exemplars=pictures.exemplars(snapshot) if snapshot else [],
+            circumstances=_circumstances(run),
+            config=yaml.safe_dump(run.record, sort_keys=False, allow_unicode=True) if run.record else None,
+            downloads=_downloads(groups),
+        )
 
 
 def _sections(run: RunFolder, snapshot: Snapshot | None) -> list[Section]:
@@ -195,33 +196,34 @@ def write_comparison(run_folders: Sequence[Path], output: Path, figures_folder: 
     if not run_folders:
         raise ValueError("there is nothing to compare: give at least one run folder")
     runs = [read_run(folder, diary=False) for folder in run_folders]
-    groups = grouped(runs)
-    band = "Mean over the seeds of a group; the band is one standard deviation to each side."
-    if len(groups) > figures.MOST_LINES:
-        band += f" The {figures.MOST_LINES} groups with the best average incremental accuracy."
-    drawn: list[Words] = [
-        ("Accuracy over the classes seen so far", band, figures.accuracy_curves(groups)),
-        ("Forgetting", band, figures.forgetting_curves(groups)),
-    ]
-    _save([("", drawn)], figures_folder)
-    protocols: dict[str, list[str]] = {}
-    for run in runs:
-        if protocol := run.metrics.get("protocol"):  # not known before the first task has been evaluated
-            protocols.setdefault(protocol, []).append(run.name)
-    differing = differences(groups)
-    most_keys = max(1, _MOST_SETTINGS // len(groups))
-    return _write(
-        "comparison.html",
-        output,
-        runs=runs,
-        groups=groups,
-        figures=_shown(drawn),
-        protocols=protocols,
-        pairs=_pairs(groups),
-        differences=dict(list(differing.items())[:most_keys]),
-        num_left_out=max(0, len(differing) - most_keys),
-        downloads=_downloads(groups),
-    )
+    with fitting(*run_folders):
+        groups = grouped(runs)
+        band = "Mean over the seeds of a group; the band is one standard deviation to each side."
+        if len(groups) > figures.MOST_LINES:
+            band += f" The {figures.MOST_LINES} groups with the best average incremental accuracy."
+        drawn: list[Words] = [
+            ("Accuracy over the classes seen so far", band, figures.accuracy_curves(groups)),
+            ("Forgetting", band, figures.forgetting_curves(groups)),
+        ]
+        _save([("", drawn)], figures_folder)
+        protocols: dict[str, list[str]] = {}
+        for run in runs:
+            if protocol := run.metrics.get("protocol"):  # not known before the first task has been evaluated
+                protocols.setdefault(protocol, []).append(run.name)
+        differing = differences(groups)
+        most_keys = max(1, _MOST_SETTINGS // len(groups))
+        return _write(
+            "comparison.html",
+            output,
+            runs=runs,
+            groups=groups,
+            figures=_shown(drawn),
+            protocols=protocols,
+            pairs=_pairs(groups),
+            differences=dict(list(differing.items())[:most_keys]),
+            num_left_out=max(0, len(differing) - most_keys),
+            downloads=_downloads(groups),
+        )
 
 
 def write_tables(run_folders: Sequence[Path], csv: Path | None, latex: Path | None) -> None:
