@@ -25,7 +25,6 @@ _NETWORK = "network."
 _MEANS = "class_means"
 _STATE, _PREVIOUS = "state.pt", "state.previous.pt"
 _CHECKSUMS = "checksums.json"
-_SUMMARY = "stage.json"
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -45,7 +44,7 @@ def write_checked(path: Path, write: Callable[[BinaryIO], object], keep: Path | 
     """
     part = _write_part(path, write)
     try:
-        known = read_json(path.parent / _CHECKSUMS)
+        known = _parsed(path.parent / _CHECKSUMS)
     except ValueError:  # there is none yet, or it is damaged: then so is what it was about
         known = {}
     known[path.name] = [_checksum(part), *known.get(path.name, [])[:1]]
@@ -84,7 +83,7 @@ def _verify(path: Path, name: str | None = None) -> None:
     Raises:
         ValueError: If the file is missing, or another than was written.
     """
-    known = read_json(path.parent / _CHECKSUMS).get(name or path.name, [])
+    known = _parsed(path.parent / _CHECKSUMS).get(name or path.name, [])
     try:
         found = _checksum(path)
     except OSError as error:
@@ -93,22 +92,28 @@ def _verify(path: Path, name: str | None = None) -> None:
         raise ValueError(f"{path}: missing or damaged (its checksum is not the one it was written with)")
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write plain values as indented JSON, atomically."""
-    text = _as_json(value)
-    write_atomically(path, lambda file: file.write(text))
-
-
-def _as_json(value: Any) -> bytes:
-    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
+def write_json(path: Path, value: Any, *, checked: bool = False) -> None:
+    """Write plain values as indented JSON, atomically, and if asked to with a checksum (`write_checked`)."""
+    text = (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
+    if checked:
+        write_checked(path, lambda file: file.write(text))
+    else:
+        write_atomically(path, lambda file: file.write(text))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What `write_json` wrote.
+    """What `write_json` wrote, compared with its checksum if there is one: older versions kept none of some files.
 
     Raises:
         ValueError: If the file is missing or damaged.
     """
+    checksums = path.with_name(_CHECKSUMS)
+    if checksums.exists() and path.name in _parsed(checksums):
+        _verify(path)
+    return _parsed(path)
+
+
+def _parsed(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
@@ -116,18 +121,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: damaged (it must hold a mapping of keys, found {type(value).__name__})")
     return value
-
-
-def read_summary(folder: Path) -> dict[str, Any]:
-    """What `stage.json` says of a finished stage.
-
-    Raises:
-        ValueError: If the file is missing or damaged.
-    """
-    path = folder / _SUMMARY
-    if (folder / _CHECKSUMS).exists() and path.name in read_json(folder / _CHECKSUMS):  # older versions kept none
-        _verify(path)
-    return read_json(path)
 
 
 def stage_folder(run: Path, stage: int) -> Path:
@@ -169,10 +162,9 @@ def save_stage(
     rest = {name: value for name, value in learner.items() if not name.startswith(_NETWORK)}
     write_checked(folder / "network.safetensors", lambda file: file.write(save(network)))
     if means is not None:
-        saved = save({_MEANS: means.contiguous()})
-        write_checked(folder / f"{_MEANS}.safetensors", lambda file: file.write(saved))
-    text = _as_json(summary)
-    write_checked(folder / _SUMMARY, lambda file: file.write(text))
+        text = save({_MEANS: means.contiguous()})
+        write_checked(folder / f"{_MEANS}.safetensors", lambda file: file.write(text))
+    write_json(folder / "stage.json", summary, checked=True)
     save_state(run, stage, {**state, "learner": rest})
 
 

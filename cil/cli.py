@@ -147,6 +147,9 @@ def _compose(overrides: list[str], config_name: str) -> tuple[dict[str, Any], di
         raise ConfigError([f"{written!r} cannot be read ({reason}); quote a value with special characters"]) from error
     except (HydraException, OmegaConfBaseException) as error:
         lines = [line.replace("++", "") for line in str(error).splitlines() if line.strip()]
+        if lines[0].startswith("Error merging override ") and error.__cause__ is not None:
+            reason = str(error.__cause__).splitlines()[0]
+            lines = [f"{lines[0].removeprefix('Error merging override ')}: does not fit what is there ({reason})"]
         if "--multirun" in str(error):
             lines = [f"{lines[0].removesuffix(' requires --multirun')}: -m runs every value, key=[1,2] is a list"]
         raise ConfigError(lines[: MAX_LINES - 1]) from error

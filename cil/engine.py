@@ -145,13 +145,14 @@ class Engine:
                     self.learner.end_stage(stage)
                 self.finish(stage)
                 if stage is not stages[-1] and self.writes:
-                    checkpoint.write_json(self.folder / "metrics.json", self.report())
+                    checkpoint.write_json(self.folder / "metrics.json", self.report(), checked=True)
         report = self.report()
         self.log.write(
             "run_finished", wall_seconds=report["wall_seconds"], images_per_second=report["images_per_second"]
         )
         if self.writes:
-            checkpoint.write_json(self.folder / "metrics.json", report)  # from now on the run counts as finished
+            # from now on the run counts as finished
+            checkpoint.write_json(self.folder / "metrics.json", report, checked=True)
             checkpoint.forget_previous(self.folder)
         return report
 

@@ -82,7 +82,7 @@ def load(run: str | Path, stage: int | None = None, device: str = "cpu") -> Mode
         raise ValueError(f"{folder}: stage {stage} is not there; stages 0 to {len(done) - 1} are finished")
     place = done[-1 if stage is None else stage]
     config, digest = _config(folder)
-    summary, where = checkpoint.read_summary(place), resolve_device(device)
+    summary, where = checkpoint.read_json(place / "stage.json"), resolve_device(device)
     if summary.get("config", digest) != digest:
         raise ValueError(f"{folder / 'config.yaml'}: damaged or changed; it is not the config that {place} is of")
     if checkpoint.stage_folder(folder, summary.get("stage", -1)) != place:

@@ -253,6 +253,6 @@ def trained(
     """
     folder = checkpoint.stage_folder(config.folder, index)
     network = make_network(part, config.seed, input_shape, index)
-    network.rebuild(checkpoint.read_summary(folder)["network"])
+    network.rebuild(checkpoint.read_json(folder / "stage.json")["network"])
     network.load_state_dict(checkpoint.load_network(folder, device))
     return network.eval()

@@ -91,7 +91,7 @@ def load_teacher(folder: Path, config: StaticConfig, data: DataSet, device: torc
     """
     model = load(folder, device=str(device))
     stage = sorted(folder.glob("stage_*/stage.json"))[-1]
-    summary = checkpoint.read_summary(stage.parent)
+    summary = checkpoint.read_json(stage)
     info = summary["data"]
     part = Part(**summary["model"]) if "model" in summary else model.config.model
     wanted = {

@@ -4,7 +4,9 @@ import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
+from itertools import count
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -33,6 +35,9 @@ TINY = (
     "checkpoint.every_seconds=null",
 )
 SMALL_DKT = ("model.width=16", "model.num_heads=2", "model.depth=1", "model.mlp_ratio=1", "model.stem_width=8")
+
+#: Overrides of a run of two tasks, as short and small as they come; with `learner=finetune`.
+SHORT = ("optim.epochs=1", "scenario.classes=4", "model=resnet8", "model.width=4", "memory.size=0")
 
 RunTiny = Callable[..., Path]
 
@@ -81,6 +86,31 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> RunTiny:
         return run_tiny_in(tmp_path_factory.mktemp("whole"), *overrides, learner=learner)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def short_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished run of `SHORT`, `run`, without its page; only to be read."""
+    folder = tmp_path_factory.mktemp("short")
+    run_tiny_in(folder, *SHORT, learner="finetune", report=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stopped_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of `SHORT` that was stopped in its second task, `run`; only to be read."""
+    from cil import checkpoint
+
+    folder, save_state, calls = tmp_path_factory.mktemp("stopped"), checkpoint.save_state, count(1)
+
+    def stopping(*arguments: Any) -> None:
+        save_state(*arguments)
+        if next(calls) == 3:  # the first epoch, the end of the first task, the first epoch of the second
+            raise KeyboardInterrupt
+
+    with mock.patch.object(checkpoint, "save_state", stopping):
+        run_tiny_in(folder, *SHORT, learner="finetune", code=130, report=False)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """Hostile data, requests and run folders, end to end: exit code 2 or 1, one message, and nothing is lost.
 
-Mistakes in keys and values of a config are in `tests/cil/test_cli.py`, damaged states in `tests/cil/test_checkpoint.py`.
+Mistakes in keys and values of a config are in `tests/cil/test_cli.py`, states in `tests/cil/test_checkpoint.py`.
 """
 
 import json
@@ -14,7 +14,6 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from itertools import count
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,7 +29,7 @@ from cil.cli import MAX_LINES
 from cil.cli import main as run_command
 from cil.report.__main__ import main as report_command
 from tests.cil.data.pictures import write_pictures
-from tests.conftest import run_tiny_in, tiny_command
+from tests.conftest import SHORT, tiny_command
 
 ROOT = Path(__file__).parents[1]
 #: Stands for the folder of the test in overrides.
@@ -312,7 +311,8 @@ FOLDERS = [
     folder("a class in itself", linked("g", "g"), "photos/train/g", "Too many levels of symbolic links"),
     folder("a file in itself", linked("a/9.png", "9.png"), "a/9.png", "Too many levels of symbolic links"),
     folder("a link to nothing", linked("a/9.png", "gone.png"), "a/9.png", "No such file"),
-    folder("nothing left for validation", photos(per_class=1), "at least 2 training images", words=["data.validation=0.5"]),
+    folder("nothing left for validation", photos(per_class=1), "at least 2 training images",
+           words=["data.validation=0.5"]),
     folder("two means", photos(), "data.mean.2: missing", words=["data.mean=[0.5,0.5]"]),
     folder("NaN as mean", photos(), "data.mean.2", "finite number, found nan", words=["data.mean=[0.5,0.5,nan]"]),
     folder("a deviation of 0", photos(), "data.std must be above 0", words=["data.std=[0.5,0.5,0]"]),
@@ -346,7 +346,7 @@ def listed_order(name: str, words: str, *said: str) -> Case:
 SPLITS = [
     split("nothing said", [], "give increment"),
     split("a first task alone", ["scenario.initial_increment=5"], "give increment"),
-    split("an uneven rest", ["scenario.increment=3", "scenario.remainder=error"], "10 classes do not divide", "1 remain"),
+    split("an uneven rest", ["scenario.increment=3", "scenario.remainder=error"], "10 classes do not divide"),
     split("a rest after the first task", ["scenario.initial_increment=3", "scenario.increment=4",
           "scenario.remainder=error"], "after initial_increment=3: 3 remain", "remainder=last_small"),
     split("too many", ["scenario.task_sizes=[4,8]"], "sum to 12; they must sum to at most 10"),
@@ -354,12 +354,12 @@ SPLITS = [
     split("a negative task", ["scenario.task_sizes=[4,-2]"], "task_sizes.1", "greater than 0, found -2"),
     split("no tasks", ["scenario.task_sizes=[]"], "task_sizes must be one or more numbers"),
     split("sizes are no list", ["scenario.task_sizes=5"], "scenario.task_sizes", "valid list", "found 5"),
-    split("other than the classes", ["scenario.task_sizes=[4,4]", "scenario.classes=9"], "sum to 8; they must sum to 9"),
+    split("other than the classes", ["scenario.task_sizes=[4,4]", "scenario.classes=9"], "sum to 8; they must"),
     split("twice", ["scenario.task_sizes=[5,5]", "scenario.increment=5"], "leave out increment", "found 5"),
     split("sizes and a rest", ["scenario.task_sizes=[5,5]", "scenario.remainder=error"], "leave out", "'error'"),
     split("a first task of all and more", ["scenario.initial_increment=11", "scenario.increment=1"], "at most 10"),
     split("more than there are", ["scenario.classes=11", "scenario.increment=1"], "between 1 and the 10 classes", "11"),
-    split("an unknown rest", ["scenario.increment=3", "scenario.remainder=drop"], "'last_small', 'error' or 'merge_last'"),
+    split("an unknown rest", ["scenario.increment=3", "scenario.remainder=drop"], "'last_small', 'error' or"),
 ]  # fmt: skip
 ORDERS = [
     Case(
@@ -392,8 +392,8 @@ def memory(name: str, learner: str, words: Sequence[str], *said: str) -> Case:
 
 
 MEMORIES = [
-    memory("smaller than the classes", "replay", ["memory.size=5"], "no room for an exemplar of each of the 6", "6 or more"),
-    memory("smaller from the start", "replay", ["memory.size=5", "memory.budget=fixed_total"], "no room for an exemplar"),
+    memory("smaller than the classes", "replay", ["memory.size=5"], "no room for an exemplar of each of the 6"),
+    memory("smaller from the start", "replay", ["memory.size=5", "memory.budget=fixed_total"], "has no room for"),
     memory("of one", "dkt", ["memory.size=1"], "memory.size=1 has no room", "or to 0 for no memory"),
     memory("of none", "icarl", ["memory.size=0", "model=resnet8"], "learner=icarl", "memory.size is 0"),
     memory("half an exemplar", "replay", ["memory.size=7.5"], "memory.size", "valid integer", "7.5"),
@@ -423,12 +423,12 @@ CONFIGS = [
     config("betas above 1", ["optim.betas=[0.9,1.5]"], "optim.betas"),
     config("a momentum below 0", ["optim.momentum=-1"], "optim.momentum"),
     config("a milestone that is a word", ["optim.schedule.milestones=[late]"], "optim.schedule.milestones.0", "'late'"),
-    config("a section that is a number", ["memory=5"], "memory", "found 5"),
-    config("a section that is nothing", ["scenario=null"], "scenario", "found None"),
+    config("a section that is a number", ["memory=5"], "memory=5: unknown memory '5'. Known: ", "total"),
+    config("a section that is nothing", ["scenario=null"], "scenario=null: unknown scenario 'null'. Known: b0_inc10"),
     config("a part without a name", ["model.name=null"], "model.name", "valid string"),
     config("a learner that is a number", ["learner.name=5"], "learner.name", "valid string, found 5"),
     config("a method that is a number", ["kd.dkt.method=5"], "kd.dkt.method: must be a name, found 5"),
-    config("an augmentation that is a list", ["data.augment.crop=[4]"], "data.augment.crop", "found [4]"),
+    config("an augmentation that is a list", ["data.augment.crop=[4]"], "data.augment.crop=[4]: does not fit"),
     config("a name for the file system", [f"name={'n' * 300}"], "File name too long"),
     config("a name that is a path", ["name=../up"], "name", "pattern"),
     config("an interpolation without an end", ["name=${oc.env:NO_SUCH_VARIABLE}"], "NO_SUCH_VARIABLE"),
@@ -466,8 +466,6 @@ def test_a_bad_request_is_one_message_and_nothing_is_lost(
 
 # Run folders
 
-#: A run of two tasks, as short and small as they come.
-RUN = ("optim.epochs=1", "scenario.classes=4", "model=resnet8", "model.width=4", "memory.size=0")
 STATIC = (
     "experiment=tiny_static",
     "student=resnet8",
@@ -475,11 +473,10 @@ STATIC = (
     "optim.epochs=1",
     "optim.schedule.milestones=[]",
 )
-INTERRUPTED = 130
 
 
 def run_again(runs_dir: Path) -> int:
-    return run_command(tiny_command(runs_dir, *RUN, learner="finetune"))
+    return run_command(tiny_command(runs_dir, *SHORT, learner="finetune"))
 
 
 def distill(runs_dir: Path, *words: str) -> int:
@@ -487,33 +484,10 @@ def distill(runs_dir: Path, *words: str) -> int:
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a finished run, only to be read."""
-    folder = tmp_path_factory.mktemp("finished")
-    run_tiny_in(folder, *RUN, learner="finetune", report=False)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def unfinished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run that was stopped in its second task, only to be read."""
-    folder, save_state, calls = tmp_path_factory.mktemp("unfinished"), checkpoint.save_state, count(1)
-
-    def stopping(*arguments: Any) -> None:
-        save_state(*arguments)
-        if next(calls) == 3:
-            raise KeyboardInterrupt
-
-    with mock.patch.object(checkpoint, "save_state", stopping):
-        run_tiny_in(folder, *RUN, learner="finetune", code=INTERRUPTED, report=False)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def teachers(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def teachers(short_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished run of static distillation, `teacher`, beside one of fewer classes, `run`."""
     folder = tmp_path_factory.mktemp("teachers")
-    shutil.copytree(finished / "run", folder / "run")
+    shutil.copytree(short_runs / "run", folder / "run")
     with mock.patch("cil.report.write_report", lambda run: run / "report.html"):
         assert distill(folder, "name=teacher") == 0
     return folder
@@ -559,6 +533,19 @@ def writes(name: str, text: str) -> Prepare:
     return edits(name, lambda _: text.encode())
 
 
+def both(*changes: Prepare) -> Prepare:
+    def change(run: Path) -> None:
+        for each in changes:
+            each(run)
+
+    return change
+
+
+def unchecked(name: str, text: str) -> Prepare:
+    """A file of a version that kept no checksum of it."""
+    return both(removes("checksums.json"), writes(name, text))
+
+
 def replaces(name: str, old: str, new: str) -> Prepare:
     def how(content: bytes) -> bytes:
         assert old.encode() in content
@@ -579,14 +566,6 @@ def makes_folder(name: str) -> Prepare:
     def change(run: Path) -> None:
         (run / name).unlink(missing_ok=True)
         (run / name).mkdir()
-
-    return change
-
-
-def both(*changes: Prepare) -> Prepare:
-    def change(run: Path) -> None:
-        for each in changes:
-            each(run)
 
     return change
 
@@ -646,12 +625,15 @@ RESUMES = [
     damage("metrics cut off", edits("metrics.json", lambda text: text[:-20]), "metrics.json: missing or damaged",
            "without this file the same command writes it again"),
     damage("metrics empty", writes("metrics.json", ""), "metrics.json: missing or damaged"),
-    damage("metrics a list", writes("metrics.json", "[1]"), "metrics.json: damaged", "mapping of keys, found list"),
-    damage("metrics of nothing", writes("metrics.json", "{}"), "does not say whether the run is finished"),
+    damage("metrics of another accuracy", replaces("metrics.json", '"last_accuracy": 0', '"last_accuracy": 1'),
+           "metrics.json: missing or damaged (its checksum is not the one"),
+    damage("metrics a list", unchecked("metrics.json", "[1]"), "metrics.json: damaged", "mapping of keys, found list"),
+    damage("metrics of nothing", unchecked("metrics.json", "{}"), "does not say whether the run is finished"),
     damage("metrics bytes", edits("metrics.json", lambda _: b"\xff\xfe"), "metrics.json: missing or damaged"),
-    damage("metrics without end", writes("metrics.json", "[" * 100_000), "metrics.json: missing or damaged"),
+    damage("metrics without end", unchecked("metrics.json", "[" * 100_000), "metrics.json: missing or damaged"),
     damage("metrics a folder", makes_folder("metrics.json"), "metrics.json: missing or damaged"),
-    damage("metrics that do not fit", replaces("metrics.json", '"task_sizes": [', '"task_sizes": [[],'), "do not fit"),
+    damage("metrics that do not fit", unchecked("metrics.json", '{"finished": true, "accuracy_matrix": 5}'),
+           "do not fit together"),
     damage("events no JSON", replaces("events.jsonl", "{", "("), "events.jsonl, line 1: not JSON"),
     damage("events of nothing", replaces("events.jsonl", "{", '{"a": 1}\n{'), "line 1: an event has event, time and"),
     damage("events without a time", replaces("events.jsonl", '"elapsed_seconds": 0', '"elapsed_seconds": "0'),
@@ -682,17 +664,21 @@ GOES_ON = [
 
 @pytest.mark.parametrize("case", RESUMES, ids=str)
 def test_a_damaged_finished_run_is_refused_and_left_as_it_is(
-    case: Damage, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    case: Damage, short_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert_refused_as_it_is(case, finished, tmp_path, capsys)
+    assert_refused_as_it_is(case, short_runs, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("case", GOES_ON, ids=str)
 def test_a_run_that_cannot_go_on_is_refused_and_left_as_it_is(
-    case: Damage, unfinished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    case: Damage,
+    stopped_runs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert_refused_as_it_is(case, unfinished, tmp_path, capsys)
+    assert_refused_as_it_is(case, stopped_runs, tmp_path, capsys)
     assert not (tmp_path / "ran").exists()
 
 
@@ -745,8 +731,8 @@ LOADS = [
 
 
 @pytest.mark.parametrize("case", LOADS, ids=str)
-def test_a_damaged_run_is_not_loaded(case: Damage, finished: Path, tmp_path: Path) -> None:
-    run = shutil.copytree(finished, tmp_path / "runs") / "run"
+def test_a_damaged_run_is_not_loaded(case: Damage, short_runs: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(short_runs, tmp_path / "runs") / "run"
     case.change(run)
     before = tree_of(run)
     with pytest.raises(ValueError, match=r".") as caught:
@@ -779,9 +765,9 @@ REPORTS = [
 
 @pytest.mark.parametrize("case", REPORTS, ids=str)
 def test_of_a_damaged_run_no_page_is_written(
-    case: Damage, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    case: Damage, short_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = shutil.copytree(finished, tmp_path / "runs") / "run"
+    run = shutil.copytree(short_runs, tmp_path / "runs") / "run"
     case.change(run)
     before = tree_of(tmp_path)
     assert report_command([str(run)]) == 2

@@ -142,7 +142,7 @@ def test_a_run_folder_holds_what_it_should_and_nothing_else(finished: Path, lear
     stages = [f"stage_{stage:03}/{file}" for stage in range(3) for file in files]
     states = [f"stage_{stage:03}/state.pt" for stage in range(3)]
     assert sorted(content_of(finished)) == sorted(
-        [".lock", "config.yaml", "events.jsonl", "metrics.json", "report.html", *stages, *states]
+        [".lock", "checksums.json", "config.yaml", "events.jsonl", "metrics.json", "report.html", *stages, *states]
     )
 
 

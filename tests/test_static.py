@@ -110,7 +110,8 @@ def test_a_damaged_teacher_knows_less_than_its_run_says(
 ) -> None:
     folder = student("damaged")
     metrics = metrics_of(folder)
-    checkpoint.write_json(folder / "metrics.json", metrics | {"last_accuracy": metrics["last_accuracy"] / 2})
+    halved = metrics | {"last_accuracy": metrics["last_accuracy"] / 2}
+    checkpoint.write_json(folder / "metrics.json", halved, checked=True)
     assert distill(*TINY, f"runs_dir={runs}", "name=of_damaged", "teacher=damaged", "kd=kd") == 2
     assert "its run says" in capsys.readouterr().err
 
