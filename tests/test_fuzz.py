@@ -1,6 +1,6 @@
-"""A bounded fuzz of what reads configs and run folders: an answer, or one message; never a traceback, never other bits.
+"""A bounded fuzz of what reads configs and run folders: an answer or one message, no traceback, no other bits.
 
-All of it is slow. Texts for people that no number is taken from, `events.jsonl` and `report.html`, may come out changed.
+Texts for people that no number is taken from, `events.jsonl` and `report.html`, may come out changed.
 """
 
 import copy
@@ -55,6 +55,15 @@ def ended(words: list[str]) -> int:
     return code
 
 
+def reason_of(action: Callable[[], object]) -> str | None:
+    """Why something cannot be done, in words for a person; None if it could be."""
+    try:
+        action()
+    except ValueError as error:
+        return "\n".join(error.problems) if isinstance(error, ConfigError) else str(error)
+    return None
+
+
 @contextmanager
 def copied(runs: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
@@ -63,7 +72,7 @@ def copied(runs: Path) -> Iterator[Path]:
 
 # Configs
 
-KEYS = sorted(flattened(compose([*TINY, "learner=dkt"])))
+known = st.deferred(lambda: st.sampled_from(sorted(flattened(compose([*TINY, "learner=dkt"])))))
 scalars = (
     st.none()
     | st.booleans()
@@ -78,9 +87,7 @@ trees = st.recursive(
     max_leaves=8,
 )
 values = scalars.map(str) | trees.map(str) | st.sampled_from(["[1,2", "{a:1}", "[]", "{}", "1,2", "range(3)", "'", '"'])
-keys = (
-    st.sampled_from(KEYS) | st.sampled_from(KEYS).map(lambda key: key.rpartition(".")[0] or key) | st.text(max_size=8)
-)
+keys = known | known.map(lambda key: key.rpartition(".")[0] or key) | st.text(max_size=8)
 overrides = st.builds("{}{}={}".format, st.sampled_from(["", "", "", "+", "++", "~"]), keys, values) | st.text(
     max_size=12
 )
@@ -114,14 +121,20 @@ def changed_trees(draw: st.DrawFn, whole: Tree) -> Tree:
     return tree
 
 
+changed = st.deferred(
+    lambda: (
+        changed_trees(compose([*TINY, "learner=dkt"])) | changed_trees(compose(["experiment=tiny_static"], "distill"))
+    )
+)
+
+
 @settings(max_examples=400)
-@given(changed_trees(compose([*TINY, "learner=dkt"])) | changed_trees(compose(["experiment=tiny_static"], "distill")))
+@given(changed)
 def test_any_tree_is_a_config_that_survives_its_file_or_a_list_of_problems(tree: Tree) -> None:
-    try:
-        config = check(tree)
-    except ConfigError as error:
-        assert error.problems
+    if (reason := reason_of(lambda: check(tree))) is not None:
+        assert reason
         return
+    config = check(tree)
     stored = yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))
     assert check(stored).model_dump(mode="json") == config.model_dump(mode="json")
 
@@ -166,47 +179,38 @@ def damages(draw: st.DrawFn) -> tuple[str, Callable[[Path], None]]:
 
 def assert_loads_the_same_or_says_why_not(run: Path, whole: Path) -> None:
     for stage in range(2):
-        try:
-            found = load(run, stage)
-        except ValueError as error:
-            assert str(error).strip()
+        if reason_of(lambda stage=stage: load(run, stage)):
             continue
-        expected = load(whole, stage)
+        found, expected = load(run, stage), load(whole, stage)
         assert found.logits(IMAGES).equal(expected.logits(IMAGES)), f"stage {stage}"
         assert found.class_names == expected.class_names
 
 
-@settings(max_examples=150)
-@given(st.lists(damages(), min_size=1, max_size=2))
+@settings(max_examples=120)
+@given(damages())
 def test_a_damaged_finished_run_says_the_same_or_why_not(
-    short_runs: Path, happened: list[tuple[str, Callable[[Path], None]]]
+    short_runs: Path, happened: tuple[str, Callable[[Path], None]]
 ) -> None:
     whole = short_runs / "run"
     with copied(short_runs) as runs:
-        for _, damage in happened:
-            damage(runs / "run")
+        happened[1](runs / "run")
         if list((runs / "run").glob("stage_*")):
             assert_loads_the_same_or_says_why_not(runs / "run", whole)
-        try:
-            write_report(runs / "run", runs / "page.html")
-        except ValueError as error:
-            assert str(error).count("\n") == 0
-        except OSError:
-            pytest.fail("a report of files that are there can be written")
+        reason = reason_of(lambda: write_report(runs / "run", runs / "page.html"))
+        assert reason is None or reason.count("\n") == 0
         if ended(tiny_command(runs, *SHORT, learner="finetune")) == 0:
             assert results_of(runs / "run") == results_of(whole)
             assert_loads_the_same_or_says_why_not(runs / "run", whole)
 
 
-@settings(max_examples=60)
-@given(st.lists(damages(), min_size=1, max_size=2))
+@settings(max_examples=50)
+@given(damages())
 def test_a_damaged_unfinished_run_ends_as_if_nothing_had_happened_or_says_why_not(
-    short_runs: Path, stopped_runs: Path, happened: list[tuple[str, Callable[[Path], None]]]
+    short_runs: Path, stopped_runs: Path, happened: tuple[str, Callable[[Path], None]]
 ) -> None:
     whole = short_runs / "run"
     with copied(stopped_runs) as runs:
-        for _, damage in happened:
-            damage(runs / "run")
+        happened[1](runs / "run")
         if ended(tiny_command(runs, *SHORT, learner="finetune")) == 0:
             assert results_of(runs / "run") == results_of(whole)
             newest = {name: value for name, value in weights_of(runs / "run").items() if name.startswith("stage_001")}

@@ -101,6 +101,24 @@ def test_the_budget_is_never_exceeded(budget, sizes, size, data):
     assert len(set(memory.ids().tolist())) == len(memory)
 
 
+@settings(deadline=None)
+@given(st.sampled_from(BUDGETS), st.lists(st.integers(1, 12), min_size=1, max_size=8), st.integers(0, 300), st.data())
+def test_after_every_task_all_classes_have_the_same_share_as_large_as_the_budget_allows(budget, sizes, spare, data):
+    num_classes = sum(sizes)
+    images = data.draw(st.lists(st.integers(1, 40), min_size=num_classes, max_size=num_classes))
+    size = spare + (1 if budget == "per_class" else num_classes)
+    memory, seen = ExemplarMemory(size=size, budget=budget), 0
+    for task_size in sizes:
+        new = {label: ids_of(label, images[label]) for label in range(seen, seen + task_size)}
+        seen += task_size
+        memory.update(new, seen, num_classes)
+        share = {"total": size // seen, "per_class": size, "fixed_total": size // num_classes}[budget]
+        assert memory.per_class() == {label: min(images[label], share) for label in range(seen)}
+        assert memory.ids().tolist() == [
+            sample for label in range(seen) for sample in ids_of(label, images[label])[:share]
+        ]
+
+
 @settings(deadline=None, max_examples=25)
 @given(st.sampled_from(BUDGETS), st.sampled_from(list(selection_rules)), st.integers(1, 8), st.integers(8, 60))
 def test_what_any_rule_selects_fits_the_budget(budget, selection, classes, size):

@@ -174,6 +174,32 @@ def test_forgetting_is_at_least_the_loss_since_each_task_was_learned(run: tuple[
 
 
 @given(runs())
+def test_every_number_lies_where_its_definition_allows(run: tuple[list[int], list[list[int]]]) -> None:
+    num_images, rows = run
+    if not rows:
+        return
+    matrix = recorded(num_images, rows)
+    after = matrix.accuracy_after()[: len(rows)]
+    assert matrix.average_incremental_accuracy() == pytest.approx(after.mean())
+    assert after.min() - 1e-12 <= matrix.average_incremental_accuracy() <= after.max() + 1e-12
+    assert 0 <= matrix.last_accuracy() == after[-1] <= 1
+    assert np.isnan(matrix.values[np.triu_indices(len(num_images), k=1)]).all()
+    if len(rows) > 1:
+        assert -1 <= matrix.backward_transfer() <= 1
+        assert -1 <= matrix.forgetting() <= 1
+
+
+@given(runs(), st.integers(1, 10))
+def test_more_images_of_every_task_at_the_same_accuracies_change_no_number(
+    run: tuple[list[int], list[list[int]]], times: int
+) -> None:
+    num_images, rows = run
+    more = recorded([times * n for n in num_images], [[times * n for n in row] for row in rows])
+    for name, value in recorded(num_images, rows).summary().items():
+        assert more.summary()[name] == (None if value is None else pytest.approx(value)), name
+
+
+@given(runs())
 def test_tasks_of_one_size_make_both_averages_equal(run: tuple[list[int], list[list[int]]]) -> None:
     num_images, rows = run
     matrix = recorded([50] * len(num_images), rows)

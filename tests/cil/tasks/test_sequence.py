@@ -169,6 +169,36 @@ def test_explicit_sizes_are_kept_whatever_is_left_over(sizes, spare):
     assert sorted(used[used >= 0].tolist()) == list(range(sum(sizes)))
 
 
+@settings(deadline=None)
+@given(
+    st.integers(1, 40),
+    st.none() | st.integers(-1, 45),
+    st.none() | st.integers(-1, 45),
+    st.none() | st.integers(-1, 45),
+    st.none() | st.lists(st.integers(-1, 20), max_size=5),
+    st.sampled_from(["last_small", "merge_last", "error"]),
+)
+def test_any_scenario_is_refused_or_divides_the_classes_it_says_it_uses(
+    num_classes, initial, increment, classes, sizes, remainder
+):
+    try:
+        sequence = task_sequence(
+            num_classes,
+            task_sizes=sizes,
+            initial_increment=initial,
+            increment=increment,
+            classes=classes,
+            remainder=remainder,
+        )
+    except ValueError:
+        return
+    used = sum(sizes) if sizes is not None else num_classes if classes is None else classes
+    assert sum(sequence.task_sizes) == sequence.num_classes == used
+    assert min(sequence.task_sizes) >= 1
+    if remainder == "error":
+        assert set(sequence.task_sizes[1:]) <= {increment}
+
+
 def test_the_description_shortens_runs_of_equal_tasks():
     assert (
         task_sequence(100, initial_increment=50, increment=10)
