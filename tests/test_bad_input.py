@@ -574,8 +574,9 @@ def states(how: Callable[[dict[str, Any]], Any]) -> Prepare:
     """Every state holds something else, with the checksum of that."""
 
     def change(run: Path) -> None:
-        for path in list(run.glob("stage_*/state*.pt")):
-            made = how(torch.load(path, weights_only=True))
+        found = {path: torch.load(path, weights_only=True) for path in run.glob("stage_*/state*.pt")}
+        for path, state in found.items():
+            made = how(state)
             path.unlink()
             checkpoint.write_checked(path.with_name("state.pt"), lambda file, made=made: torch.save(made, file))
 
@@ -612,7 +613,7 @@ CONFIG_DAMAGES = [
     damage("config a list", writes("config.yaml", "- 1\n- 2\n"), "config.yaml: found no mapping"),
     damage("config bytes", edits("config.yaml", lambda _: b"\xff\xfe\xfd"), "config.yaml: cannot be read"),
     damage("config an impossible date", writes("config.yaml", "config: 2020-13-45\n"), "config.yaml: cannot be read"),
-    damage("config without end", writes("config.yaml", "[" * 5000), "config.yaml: cannot be read"),
+    damage("config without end", writes("config.yaml", "[" * 1500), "config.yaml: cannot be read"),
     damage("config that holds itself", writes("config.yaml", ITSELF), "config.yaml: cannot be read"),
 ]
 RESUMES = [
@@ -752,7 +753,7 @@ REPORTS = [
     damage("metrics a number", writes("metrics.json", "1"), "metrics.json must hold a mapping, found int"),
     damage("metrics without end", writes("metrics.json", "[" * 100_000), "metrics.json cannot be read"),
     damage("a matrix that is a number", writes("metrics.json", '{"accuracy_matrix": 5}'), "do not fit together"),
-    damage("a matrix of words", writes("metrics.json", '{"accuracy_matrix": [["a"]]}'), "do not fit together"),
+    damage("a matrix of words", writes("metrics.json", '{"accuracy_matrix": [["a"], ["a", "b"]]}'), "do not fit together"),
     damage("tasks that are a number", replaces("metrics.json", '"task_sizes": [', '"task_sizes": 5, "b": ['),
            "do not fit together"),
     damage("events no JSON", replaces("events.jsonl", "{", "("), "events.jsonl, line 1: not JSON"),
@@ -808,10 +809,10 @@ TEACHERS = [
     teacher("of another size of image", BY_NAME, "its input shape is [1, 9, 9]",
             prepare=of_teacher(with_data(input_shape=[1, 9, 9]))),
     teacher("of another width", ["teacher=teacher", "++kd.cluster_separation.weight=1", "model.width=8"],
-            "cluster_separation needs embeddings of one width"),
+            "cluster_separation needs embeddings of one width", begun=True),
     teacher("of another width, searched for", ["teacher=teacher", "kd=kd", "search=diswot", "search.batch_size=4"],
             "embedding"),
-    teacher("without the maps", ["teacher=teacher", "kd=none"], "teacher=teacher has no effect with kd=none"),
+    teacher("without a method", ["teacher=teacher", "kd=none"], "teacher=teacher has no effect with kd=none"),
     teacher("unfinished", BY_NAME, "no run with a finished stage", prepare=of_teacher(removes("stage_*"))),
     teacher("of another network than it says", BY_NAME, "damaged or changed",
             prepare=of_teacher(replaces("config.yaml", "width: 4", "width: 8"))),
@@ -842,7 +843,9 @@ def test_a_teacher_that_cannot_teach_is_refused(
     err = capsys.readouterr().err
     assert code == case.code, err
     assert_one_message(err, case.said)
-    assert tree_of(tmp_path) == before
+    after = tree_of(tmp_path)
+    assert before.items() <= after.items()
+    assert case.begun or after == before
 
 
 # Ablations
