@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from functools import partial
 from pathlib import Path
@@ -311,7 +311,7 @@ def schema(entry: type) -> type[BaseModel]:
     return create_model(entry.__name__, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields)
 
 
-def check(tree: Mapping[str, Any]) -> RunConfig:
+def check(tree: Mapping[Any, Any]) -> RunConfig:
     """Check a composed tree; the parts come out whole, with the types and defaults that their constructors declare.
 
     Returns:
@@ -328,7 +328,9 @@ def check(tree: Mapping[str, Any]) -> RunConfig:
     from cil.sinks import sinks
     from kd import distillers
 
-    problems: list[str] = []
+    problems = [f"{key}: every key must be a word, found {name!r}" for key, name in _no_words(tree)]
+    if problems:
+        raise ConfigError(problems)
     static = "student" in tree
     config: RunConfig | None = _validated(StaticConfig if static else Config, tree, "", problems)
     parts: list[tuple[str, Registry[Any]]] = [("data", data_sets), ("model", models)]
@@ -383,6 +385,15 @@ def check(tree: Mapping[str, Any]) -> RunConfig:
     if problems := [*_stop_without_effect(config), *_contradictions(config)]:
         raise ConfigError(problems)
     return config
+
+
+def _no_words(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The keys that are no words, as YAML allows, each with where it stands."""
+    for key, value in tree.items():
+        if not isinstance(key, str):
+            yield f"{prefix}{key}", key
+        elif isinstance(value, Mapping):
+            yield from _no_words(value, f"{prefix}{key}.")
 
 
 def _contradictions(config: RunConfig) -> list[str]:

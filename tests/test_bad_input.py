@@ -753,7 +753,7 @@ REPORTS = [
     damage("metrics a number", writes("metrics.json", "1"), "metrics.json must hold a mapping, found int"),
     damage("metrics without end", writes("metrics.json", "[" * 100_000), "metrics.json cannot be read"),
     damage("a matrix that is a number", writes("metrics.json", '{"accuracy_matrix": 5}'), "do not fit together"),
-    damage("a matrix of words", writes("metrics.json", '{"accuracy_matrix": [["a"], ["a", "b"]]}'), "do not fit together"),
+    damage("a matrix of words", writes("metrics.json", '{"accuracy_matrix": [["a"], ["a", "b"]]}'), "do not fit"),
     damage("tasks that are a number", replaces("metrics.json", '"task_sizes": [', '"task_sizes": 5, "b": ['),
            "do not fit together"),
     damage("events no JSON", replaces("events.jsonl", "{", "("), "events.jsonl, line 1: not JSON"),
