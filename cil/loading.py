@@ -78,9 +78,9 @@ def load(run: str | Path, stage: int | None = None, device: str = "cpu") -> Mode
         raise ValueError(
             f"{folder}: no run with a finished stage; a run folder has config.yaml and stage_000/stage.json"
         )
-    if stage is not None and not 0 <= stage < len(done):
+    place = done[-1] if stage is None else checkpoint.stage_folder(folder, stage)
+    if place not in done:
         raise ValueError(f"{folder}: stage {stage} is not there; stages 0 to {len(done) - 1} are finished")
-    place = done[-1 if stage is None else stage]
     config, digest = _config(folder)
     summary, where = checkpoint.read_json(place / "stage.json"), resolve_device(device)
     if summary.get("config", digest) != digest:

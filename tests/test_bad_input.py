@@ -742,6 +742,14 @@ def test_a_damaged_run_is_not_loaded(case: Damage, short_runs: Path, tmp_path: P
     assert tree_of(run) == before
 
 
+def test_a_stage_that_has_gone_is_not_another_one(short_runs: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(short_runs, tmp_path / "runs") / "run"
+    (run / "stage_000" / "stage.json").unlink()
+    with pytest.raises(ValueError, match="stage 0 is not there"):
+        load(run, 0)
+    assert load(run, 1).class_names == load(short_runs / "run").class_names
+
+
 REPORTS = [
     damage("nothing", removes("*"), "no run folder"),
     damage("config no YAML", writes("config.yaml", "a: ["), "config.yaml cannot be read"),

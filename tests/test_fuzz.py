@@ -27,7 +27,7 @@ from cil.config import ConfigError, check
 from cil.report.folders import flattened
 from cil.report.pages import write_report
 from tests.conftest import SHORT, TINY, tiny_command
-from tests.run_folders import assert_same_weights, results_of, weights_of
+from tests.run_folders import results_of
 
 pytestmark = pytest.mark.slow
 
@@ -213,7 +213,5 @@ def test_a_damaged_unfinished_run_ends_as_if_nothing_had_happened_or_says_why_no
         happened[1](runs / "run")
         if ended(tiny_command(runs, *SHORT, learner="finetune")) == 0:
             assert results_of(runs / "run") == results_of(whole)
-            newest = {name: value for name, value in weights_of(runs / "run").items() if name.startswith("stage_001")}
-            assert_same_weights(newest, {name: v for name, v in weights_of(whole).items() if name in newest})
-            assert newest
+            assert load(runs / "run").logits(IMAGES).equal(load(whole).logits(IMAGES))
             assert_loads_the_same_or_says_why_not(runs / "run", whole)
