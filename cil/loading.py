@@ -80,7 +80,8 @@ def load(run: str | Path, stage: int | None = None, device: str = "cpu") -> Mode
         )
     place = done[-1] if stage is None else checkpoint.stage_folder(folder, stage)
     if place not in done:
-        raise ValueError(f"{folder}: stage {stage} is not there; stages 0 to {len(done) - 1} are finished")
+        first, last = (int(path.name.removeprefix("stage_")) for path in (done[0], done[-1]))
+        raise ValueError(f"{folder}: stage {stage} is not there; stages {first} to {last} are finished")
     config, digest = _config(folder)
     summary, where = checkpoint.read_json(place / "stage.json"), resolve_device(device)
     if summary.get("config", digest) != digest:
