@@ -92,6 +92,8 @@ def load(run: str | Path, stage: int | None = None, device: str = "cpu") -> Mode
     try:
         info = summary["data"]
         part = Part(**summary["model"]) if "model" in summary else config.model
+        if part.parameters.get("pretrained"):  # the run's own weights follow, the first ones are not needed
+            part = part.model_copy(update={"pretrained": False})
         network = make_network(part, config.seed, tuple(info["input_shape"]))
         if isinstance(config, Config):  # a learner may give a network another head
             network = make_learner(config, network).network

@@ -148,3 +148,31 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
     assert ended(process)[0] == 1
     run_tiny_in(tmp_path / "two", *settings, report=False)
     assert_equal_runs(alone, tmp_path / "two" / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_run_stopped_within_an_epoch_goes_on_with_another_number_of_processes(
+    tmp_path: Path, before: int, after: int
+) -> None:
+    """A batch, its random numbers and its losses are those of all processes together, and a state knows of none of
+    them: the number of processes changes the order of sums and nothing else.
+    """
+    settings = (*EXACT, "optim.batch_size=31")
+    alone = run_tiny_in(tmp_path / "one", *settings, report=False)
+    often = (*settings, "checkpoint.every_steps=2", "checkpoint.every_epochs=null")
+    process = launch(before, tmp_path / "other", *often)
+    run = tmp_path / "other" / "run"
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not (run / "stage_001" / "state.pt").exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    os.kill(worker(process.pid, 0), signal.SIGKILL)
+    assert ended(process)[0] == 1
+    code, _, errors = ended(launch(after, tmp_path / "other", *often))
+    assert code == 0, errors
+    assert_equal_runs(alone, run)
+    starts = [event for event in read_events(run / "events.jsonl") if event["event"] == "run_started"]
+    assert [start["num_processes"] for start in starts] == [before, after]
+    assert starts[1]["resumed_at"]["step"] > 0

@@ -9,6 +9,7 @@ from einops import rearrange
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from cil.data.base import DataSet, DataSource, ImageSet, MissingData, data_sets
+from cil.data.fetch import open_or_fetch
 from cil.data.npz import read_npz
 
 
@@ -17,11 +18,12 @@ class Cifar(DataSource):
 
     Args:
         root: Folder of all data sets.
-        download: Fetch torchvision's files into `root` if neither is there.
+        download: Fetch torchvision's files into `root` if neither is there, or they are damaged.
     """
 
     name: ClassVar[str]
     files: ClassVar[type[CIFAR10]]
+    sha256: ClassVar[str]  # of the archive at `files.url`
     num_classes: ClassVar[int]
     mean: ClassVar[tuple[float, ...]]
     std: ClassVar[tuple[float, ...]]
@@ -63,13 +65,14 @@ class Cifar(DataSource):
         return self.root / str(self.files.base_folder)
 
     def _from_torchvision(self) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
-        try:
-            parts = [self.files(self.root, train=train, download=self.download) for train in (True, False)]
-        except (RuntimeError, OSError) as error:  # a missing, damaged or unreachable file
-            raise MissingData(
-                f"the files of {self.name} in {self._folder.absolute()} cannot be "
-                f"{'fetched' if self.download else 'used; add data.download=true to fetch them anew'}: {error}"
-            ) from error
+        parts = open_or_fetch(
+            self.name,
+            lambda train: self.files(self.root, train=train),  # compares the files with their MD5 before it reads them
+            {self.files.url: self.sha256},
+            self.root,
+            self.files.base_folder,
+            download=self.download,
+        )
         sets = [
             ImageSet(
                 torch.from_numpy(np.ascontiguousarray(rearrange(part.data, "n h w c -> n c h w"))),
@@ -86,6 +89,7 @@ class Cifar10(Cifar):
 
     name = "cifar10"
     files = CIFAR10
+    sha256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
     num_classes = 10
     mean = (0.4914, 0.4822, 0.4465)
     std = (0.2470, 0.2435, 0.2616)
@@ -97,6 +101,7 @@ class Cifar100(Cifar):
 
     name = "cifar100"
     files = CIFAR100
+    sha256 = "85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7"
     num_classes = 100
     mean = (0.5071, 0.4867, 0.4408)
     std = (0.2675, 0.2565, 0.2761)

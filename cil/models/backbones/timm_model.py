@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import timm
 import torch
+from huggingface_hub import try_to_load_from_cache
 from jaxtyping import Float
 from pydantic import Field
 from timm.models import VisionTransformer, get_pretrained_cfg
@@ -17,6 +18,8 @@ from kd import Outputs
 from kd.connect import held_still
 from kd.registry import unknown
 
+_WEIGHTS = "model.safetensors"  # which cannot run code, as other files of the same folder could
+
 
 @models.register("timm")
 class TimmNetwork(BackboneNetwork):
@@ -28,12 +31,13 @@ class TimmNetwork(BackboneNetwork):
     Args:
         input_shape: Channels, height and width of an image.
         architecture: Name in timm, with a tag for certain weights: `resnet18`, `vit_tiny_patch16_224`.
-        pretrained: Start from timm's weights, which are downloaded.
+        pretrained: Start from timm's weights, which must be on this machine: a run opens no connection for them.
         drop_path_rate: Stochastic depth, for architectures that have it; null takes the architecture's own rate.
         keep_bias: See `GrowingLinear`.
 
     Raises:
-        ValueError: If timm has no such architecture, or it cannot take images of this shape or these settings.
+        ValueError: If timm has no such architecture, it cannot take images of this shape or these settings, or weights
+            are wanted that are not here.
     """
 
     def __init__(
@@ -52,6 +56,8 @@ class TimmNetwork(BackboneNetwork):
         config = get_pretrained_cfg(architecture)
         if config is not None and config.fixed_input_size:
             settings["img_size"] = (height, width)  # transformers are built for one size; the others take no such word
+        if pretrained:
+            settings["pretrained_cfg_overlay"] = {"file": _kept_weights(architecture), "custom_load": False}
         try:
             backbone = timm.create_model(
                 architecture, pretrained=pretrained, in_chans=channels, num_classes=0, **settings
@@ -132,6 +138,24 @@ class TimmNetwork(BackboneNetwork):
         outputs |= {f"stage{i}.post": f"backbone.{path}" for i, path in enumerate(levels)}
         pooled = [path for path in pools if path in given and _is_mean(embedding, given[path])]
         return TapPaths(outputs, {"last": f"backbone.{pooled[0]}"} if pooled else {})
+
+
+def _kept_weights(architecture: str) -> str:
+    """Where timm's weights are on this machine.
+
+    Raises:
+        ValueError: If they are not; says how to fetch them.
+    """
+    config = get_pretrained_cfg(architecture)
+    if config is None or not config.hf_hub_id:
+        raise ValueError(f"model.pretrained=true: timm publishes no weights of {architecture}: leave it out")
+    found = try_to_load_from_cache(config.hf_hub_id, _WEIGHTS)
+    if not isinstance(found, str):
+        raise ValueError(
+            f"model.pretrained=true: the weights of {architecture} are not on this machine, and a run fetches none. "
+            f"Fetch them once with: hf download {config.hf_hub_id} {_WEIGHTS}"
+        )
+    return found
 
 
 def _keep(given: dict[str, Tensor], path: str) -> Any:

@@ -171,16 +171,40 @@ def test_damaged_files_are_reported_as_missing(tmp_path):
 def test_nothing_is_fetched_unless_asked(tmp_path, monkeypatch):
     asked = []
 
-    def refuse(self, *args, download, **kwargs):
-        asked.append(download)
+    def refuse(published, root, folder):
+        asked.append(folder)
         raise OSError("no network")
 
-    monkeypatch.setattr(Cifar10.files, "__init__", refuse)
+    monkeypatch.setattr("cil.data.fetch.fetch", refuse)
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    with pytest.raises(MissingData, match=r"cannot be used; add data\.download=true"):
+        data_sets["cifar10"](tmp_path).load()
+    assert not asked
     source = data_sets["cifar10"](tmp_path, download=True)
     source.check()
     with pytest.raises(MissingData, match="cannot be fetched: no network"):
         source.load()
-    assert asked == [True]
+    assert asked == ["cifar-10-batches-py"]
+
+
+def test_a_pickle_that_is_none_of_cifars_is_not_read(tmp_path):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for name, _ in Cifar10.files.train_list + Cifar10.files.test_list:
+        (folder / name).write_bytes(pickle.dumps(_Attack(tmp_path / "ran")))
+    with pytest.raises(MissingData, match="cannot be used"):
+        data_sets["cifar10"](tmp_path).load()
+    assert not (tmp_path / "ran").exists()
+
+
+class _Attack:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.write_text, (self.path, "ran")
 
 
 @pytest.mark.skipif(

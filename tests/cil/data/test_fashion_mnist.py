@@ -53,11 +53,13 @@ def test_damaged_files_are_reported_as_missing(tmp_path, damage):
 def test_nothing_is_fetched_unless_asked(tmp_path, monkeypatch):
     asked = []
 
-    def refuse(self, *args, download, **kwargs):
-        asked.append(download)
+    def refuse(published, root, folder):
+        asked.extend(published)
         raise OSError("no network")
 
-    monkeypatch.setattr(FashionMNIST, "__init__", refuse)
+    monkeypatch.setattr("cil.data.fetch.fetch", refuse)
     with pytest.raises(MissingData, match="cannot be fetched: no network"):
         data_sets["fashion_mnist"](tmp_path, download=True).load()
-    assert asked == [True]
+    assert [address.removeprefix(FashionMNIST.mirrors[0]) for address in asked] == [
+        name for name, _ in FashionMNIST.resources
+    ]
