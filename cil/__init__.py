@@ -3,13 +3,18 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cil.estimator import IncrementalClassifier
     from cil.loading import Model, load
 
-__all__ = ["Model", "load"]
+__all__ = ["IncrementalClassifier", "Model", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    """`cil.load` and `cil.Model` on first use, so that `import cil` costs no torch."""
+    """What `cil` offers, on first use, so that `import cil` costs no torch."""
+    if name == "IncrementalClassifier":
+        from cil.estimator import IncrementalClassifier
+
+        return IncrementalClassifier
     if name in __all__:
         from cil import loading
 

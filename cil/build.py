@@ -169,6 +169,17 @@ class Run:
         Raises:
             ValueError: If a part cannot be built as configured.
         """
+        data = open_data(config)
+        tasks = cls.divide(config, data)
+        return cls.around(config, data, tasks, make_samples(config, data, tasks, make_transform(config, data)))
+
+    @classmethod
+    def around(cls, config: RunConfig, data: DataSet, tasks: TaskSequence, samples: Samples) -> "Run":
+        """Build what trains on samples that are there, from wherever they are.
+
+        Raises:
+            ValueError: If a part cannot be built as configured.
+        """
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         device = resolve_device(config.device)
@@ -181,11 +192,7 @@ class Run:
                     f"evaluation.precision={config.evaluation.precision} does not go with precision={precision.name}: "
                     "fp64 weights are evaluated in fp64, and only they"
                 )
-        data = open_data(config)
-        transform = make_transform(config, data)
-        reader = Reader(transform, eval_precision, config.evaluation.batch_size)
-        tasks = cls.divide(config, data)
-        samples = make_samples(config, data, tasks, transform)
+        reader = Reader(samples.transform, eval_precision, config.evaluation.batch_size)
         learner = cls.make_learner(config, data, samples, reader).to(device, precision.dtype)
         exemplars = config.exemplars
         size = exemplars.size if learner.uses_memory else 0

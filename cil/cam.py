@@ -24,11 +24,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from cil.build import open_data
-from cil.data import data_sets
-from cil.data.folder_index import SUFFIXES
-from cil.data.framing import Framing
-from cil.data.image_folder import ImageFolder
-from cil.data.pixels import luminance
+from cil.data.folder_index import find_images
 from cil.loading import Model, load
 from cil.models.network import Network
 from cil.seeding import derive
@@ -159,46 +155,14 @@ def of_test_set(model: Model) -> Iterator[Example]:
             yield Example(f"test_{index:05d}", f"test image {index}", pixels, int(labels[index]))
 
 
-def find_files(paths: Iterable[Path]) -> list[Path]:
-    """Image files as given, and those in folders at any depth, sorted by name.
-
-    Raises:
-        ValueError: If there is no such path, or a folder holds no image.
-    """
-    found: list[Path] = []
-    for path in paths:
-        if not path.exists():
-            words = ", ".join(TEST_CHOICES)
-            raise ValueError(f"there is no file or folder {path}: give image files, folders of them, or one of {words}")
-        inside = [path]
-        if path.is_dir():
-            inside = sorted(file for file in path.rglob("[!.]*") if file.suffix.lower() in SUFFIXES and file.is_file())
-        if not inside:
-            raise ValueError(f"{path} holds no image files ({' '.join(SUFFIXES)})")
-        found += inside
-    return found
-
-
 def of_files(model: Model, files: Sequence[Path]) -> Iterator[Example]:
-    """Images of any size, brought to the network's input size as test images are; nobody knows their classes.
-
-    Those of a run on image folders are framed by its config. Other data sets show whole images: the shorter side is
-    brought to the input size and the middle is cut out, so that a file of that very size stays as it is.
+    """Images of any size, brought to the network's input as test images are (`Model.read`); nobody knows their classes.
 
     Raises:
         ValueError: If a file is no image, or the network's input is no square.
     """
-    channels, height, width = model.network.input_shape
-    if height != width:
-        raise ValueError(
-            f"files are brought to a square, the network of the run takes {height} x {width} pixels: use test"
-        )
-    framing = _framing(model)
     for number, path in enumerate(files):
-        pixels = rearrange(torch.tensor(framing.read(path, None)), "h w c -> c h w")
-        if channels == 1:
-            pixels = luminance(pixels[None])[0]
-        yield Example(f"{number:03d}_{path.stem}", path.name, pixels, None)
+        yield Example(f"{number:03d}_{path.stem}", path.name, model.read(path), None)
 
 
 def class_chooser(model: Model, words: Sequence[str]) -> list[int | str]:
@@ -362,7 +326,8 @@ def _run(chosen: argparse.Namespace) -> tuple[Path, int]:
             raise ValueError(f"{words[0]}: every prediction is {'wrong' if wanted else 'right'}, so there is no image")
         num_left_out = 0  # of a random choice nobody expects all
     else:
-        files = find_files(map(Path, chosen.images))
+        may_be = f"image files, folders of them, or one of {', '.join(TEST_CHOICES)}"
+        files = find_images(map(Path, chosen.images), may_be)
         explained = list(explain(model, of_files(model, files[: chosen.count])))
         num_left_out = len(files) - len(explained)
     folder = chosen.output or chosen.run / "cam" / (words[0].replace(":", "_") if words else "files")
@@ -379,14 +344,6 @@ def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
             batch = []
     if batch:
         yield batch
-
-
-def _framing(model: Model) -> Framing:
-    config, side = model.config.data, model.network.input_shape[1]
-    source = data_sets[config.name]
-    if issubclass(source, ImageFolder):
-        return source(config.root, **config.parameters).framing
-    return Framing(side, side, scale=(1.0, 1.0), ratio=(1.0, 1.0), interpolation="bicubic")
 
 
 def _kind(model: Model) -> str:

@@ -130,19 +130,7 @@ class Engine:
         with self.progress:
             self.parts.started(self.log, self.progress)
             for stage in stages[self.position.stage :]:
-                self.progress.stage(stage.index)
-                if not self.position.begun:
-                    self.begin(stage)
-                phases = self.learner.phases(stage)
-                for number in range(self.position.phase, len(phases)):
-                    self.fit(stage, number, phases)
-                self.learner.phase = None
-                if self.memory.size and (
-                    not self.memory_is_current(stage) or self.config.exemplars.when == "after_finetuning"
-                ):
-                    self.choose_exemplars(stage)
-                with seeded(self.config.seed, "end", stage.index):
-                    self.learner.end_stage(stage)
+                self.train(stage)
                 self.finish(stage)
                 if stage is not stages[-1] and self.writes:
                     checkpoint.write_json(self.folder / "metrics.json", self.report(), checked=True)
@@ -157,6 +145,20 @@ class Engine:
         return report
 
     # Stages
+
+    def train(self, stage: Stage) -> None:
+        """Train the phases of a stage that are still to come, and choose its exemplars; it is not evaluated."""
+        self.progress.stage(stage.index)
+        if not self.position.begun:
+            self.begin(stage)
+        phases = self.learner.phases(stage)
+        for number in range(self.position.phase, len(phases)):
+            self.fit(stage, number, phases)
+        self.learner.phase = None
+        if self.memory.size and (not self.memory_is_current(stage) or self.config.exemplars.when == "after_finetuning"):
+            self.choose_exemplars(stage)
+        with seeded(self.config.seed, "end", stage.index):
+            self.learner.end_stage(stage)
 
     def begin(self, stage: Stage) -> None:
         """Let the learner grow, with random numbers that belong to this stage alone."""

@@ -34,6 +34,29 @@ def class_folders(folder: Path) -> list[str]:
         return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 
 
+def find_images(paths: Iterable[Path], wanted: str) -> list[Path]:
+    """Files as given, whatever they are, and image files in folders at any depth, sorted by name.
+
+    Args:
+        paths: Files and folders.
+        wanted: What may be given, for the message.
+
+    Raises:
+        ValueError: If there is no such path, or a folder holds no image.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if not path.exists():
+            raise ValueError(f"there is no file or folder {path}: give {wanted}")
+        inside = [path]
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob("[!.]*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        if not inside:
+            raise ValueError(f"{path} holds no image files ({' '.join(SUFFIXES)})")
+        found += inside
+    return found
+
+
 def image_files(folder: Path, classes: Iterable[str]) -> dict[str, list[tuple[str, int]]]:
     """The image files of some class folders, at any depth, as name relative to `folder` and length; sorted by name.
 

@@ -126,12 +126,17 @@ class Framing:
         # where the box lies in what was decoded; the product may be a hair too large
         left, right = (min(place * image.width / width, image.width) for place in box[::2])
         top, bottom = (min(place * image.height / height, image.height) for place in box[1::2])
-        resized = _rgb(image).resize(size, _RESAMPLING[self.interpolation], box=(left, top, right, bottom))
+        resized = to_rgb(image).resize(size, _RESAMPLING[self.interpolation], box=(left, top, right, bottom))
         x, y = (round((side - self.image_size) / 2) for side in size)
         return resized.crop((x, y, x + self.image_size, y + self.image_size))
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Pixels of any kind as RGB of 8 bits; of 16 bits the upper 8 stay, transparency is left out.
+
+    Raises:
+        ValueError: If they are floating-point numbers, or of more than 16 bits.
+    """
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers, whose range nobody knows: save it with 8 or 16 bits")
     if image.mode.startswith("I"):

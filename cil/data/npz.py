@@ -77,6 +77,19 @@ def read_npz(path: Path) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
     Raises:
         ValueError: If something is wrong with the file; says what was found and what would be right.
     """
+    train, test, names = load_parts(path)
+    try:
+        return train, test, _class_names(train, test, names)
+    except ValueError as error:
+        raise ValueError(f"{path} is not usable as a data set: {error}") from error
+
+
+def load_parts(path: Path) -> tuple[ImageSet, ImageSet, NDArray | None]:
+    """Training images, test images and, if there are names, those of an archive; labels may have gaps.
+
+    Raises:
+        ValueError: If the file is damaged, or an array is missing or of the wrong type or shape.
+    """
     try:
         # The file is opened here, since NumPy leaves its own open when the archive in it is damaged.
         with path.open("rb") as file, _archive(file) as archive:
@@ -91,7 +104,7 @@ def read_npz(path: Path) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
                 f"x_train and x_test must agree in channels, height and width; found {train.input_shape} "
                 f"and {test.input_shape}"
             )
-        return train, test, _class_names(train, test, arrays.get("classes"))
+        return train, test, arrays.get("classes")
     except _DAMAGED as error:
         reason = _PICKLED if "pickle" in str(error) else error
         raise ValueError(f"{path} is not usable as a data set: {reason}") from error

@@ -55,7 +55,7 @@ class TokenPool(nn.Module):
         if self.per_task or not self.task_tokens:
             self.task_tokens.append(nn.Parameter(self._draw(self.width).to(like)))
 
-    def newest_first(self, batch_size: int) -> Tokens:
+    def newest_first(self, batch_size: int | torch.SymInt) -> Tokens:
         """The task tokens for every sample, in the order in which the decoder reads them."""
         *older, newest = self.task_tokens
         return repeat(torch.cat([newest, *older], dim=1), "1 t d -> b t d", b=batch_size)
@@ -476,7 +476,7 @@ class DKTNetwork(PatchNetwork):
         """Scores of all classes so far, the decoder's answer as the embedding, and what is exposed."""
         maps = self.listen()
         patches = self.encoder(images, self.token_pool.general_token, maps)
-        tokens = self.token_pool.newest_first(len(images))
+        tokens = self.token_pool.newest_first(images.shape[0])
         z = self.skab(tokens if self.old_tokens else tokens[:, :1], patches)
         taps = {} if maps is None else maps.taps(self.classifiers())
         return Outputs(self.classify(z), embedding=z, taps=taps)

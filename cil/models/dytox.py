@@ -107,7 +107,7 @@ class ClassAttention(nn.Module):
         k, v = (rearrange(layer(patches), split, head=self.num_heads) for layer in (self.k, self.v))
         q = q * q.shape[-1] ** -0.5
         # plain products, as in `cil.models.dkt`: faster than torch's fused attention with a mask
-        to_itself = (q * own_k).sum(dim=-1, keepdim=True).expand(len(patches), -1, -1, -1)
+        to_itself = (q * own_k).sum(dim=-1, keepdim=True).expand(patches.shape[0], -1, -1, -1)
         weights = torch.cat([to_itself, q @ k.mT], dim=-1).softmax(dim=-1)
         answers = weights[..., :1] * own_v + weights[..., 1:] @ v
         update: Tensor = self.proj(rearrange(answers, "b head t d -> b t (head d)"))
