@@ -131,7 +131,7 @@ def read_metrics(folder: Path) -> dict[str, Any]:
 
 def config_digest(tree: dict[str, Any]) -> str:
     """A hash of a config as `config.yaml` holds it, without the keys that say where a run is; null is as no key."""
-    facts = {key: value for key, value in _flat(tree).items() if key not in _PLACE and value is not None}
+    facts = {key: value for key, value in _flat(tree).items() if key not in PLACE and value is not None}
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
