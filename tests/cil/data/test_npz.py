@@ -89,7 +89,7 @@ def test_there_is_nothing_to_download():
         ({"classes": np.array(["cat", "dog"])}, r"must lie in 0 to 1 \(there are 2 classes\).*\[2\]"),
         ({"classes": np.array(["a", "b", "c", "d"])}, r"every class must have images.*\[3\]"),
         ({"classes": np.array(["a", "b", "a"])}, "different names"),
-        ({"y_train": np.array([0, 1, None] * 3)}, "allow_pickle"),
+        ({"y_train": np.array([0, 1, None] * 3)}, "holds Python objects, which could run code"),
     ],
 )
 def test_a_wrong_array_is_named_with_what_would_be_right(tmp_path, changes, message):
