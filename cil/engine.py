@@ -239,6 +239,7 @@ class Engine:
             means = self.means if self.learner.read_by == "nearest_mean" else None
             checkpoint.save_stage(self.folder, stage.index, self.state(), summary, means)
         self.kept = self.position.text()
+        self.saved_at, self.steps_since = time.monotonic(), 0
         self.parts.tell(self.progress, history, self.num_images, stage)
 
     def total_images(self) -> int:
