@@ -135,6 +135,7 @@ def test_every_model_is_built_and_grown(choice: str) -> None:
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_every_learner_goes_with_every_experiment(learner: str, experiment: str) -> None:
     own = ["model=dkt_small"] if learner.startswith("dkt") and experiment == "cifar100_c50_conv" else []
+    own += ["optim.schedule.unit=epoch"] if (learner, experiment) == ("dkt_official", "cifar100_c20") else []
     words = COMPANIONS.get(("learner", learner), own)
     config = config_of(f"experiment={experiment}", f"learner={learner}", *words)
     network = network_of(config, INPUT_SHAPES.get("dkt_tiny") if config.data.name == "digits" else (3, 32, 32))

@@ -299,7 +299,7 @@ def _over_epochs(axes: Axes, epochs: Sequence[dict[str, object]], lines: dict[st
 def _accuracy_axis(axes: Axes, seen: Sequence[int]) -> None:
     step = 10
     lowest = step * math.floor(axes.dataLim.y0 / step) if math.isfinite(axes.dataLim.y0) else 0
-    lowest = max(0, lowest)
+    lowest = min(max(0, lowest), 100 - step)  # all at 100 % is a curve too
     ticks = MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]).tick_values(lowest, 100)
     axes.set_yticks([tick for tick in ticks if lowest <= tick <= 100])  # room above them, where a line runs along 100
     axes.set(xlabel="classes seen", ylabel="accuracy (%)", ylim=(lowest, 100 + (100 - lowest) / 40))

@@ -193,7 +193,9 @@ def test_the_state_is_everything_a_fresh_engine_needs(make_engine: MakeEngine, t
     engine.run()
     state = checkpoint.load_state(engine.folder, torch.device("cpu"))
     assert state is not None
-    parts = "format protocol position epoch structure learner training carried memory history seconds log_position"
+    parts = (
+        "format config protocol position epoch structure learner training carried memory history seconds log_position"
+    )
     assert state.keys() == set(parts.split())
     fresh = Engine(Run.build(engine.config), engine.log)
     fresh.restore()
@@ -245,7 +247,7 @@ def test_every_budget_is_kept(run_tiny: RunTiny, budget: str, size: int, expecte
 def test_the_time_of_a_stage_is_told_by_parts(whole_run: RunTiny) -> None:
     events = read_events(whole_run() / "events.jsonl")
     parts = [event["seconds"].keys() for event in events if event["event"] == "stage_finished"]
-    common = {"training", "memory", "evaluation", "checkpoint"}
+    common = {"training", "memory", "evaluation", "checkpoint", "report"}
     assert parts == [common, common | {"finetuning"}, common | {"finetuning"}]
     assert all(event["peak_resident_bytes"] > 50_000_000 for event in events if event["event"] == "stage_finished")
     elapsed = [event["elapsed_seconds"] for event in events]
