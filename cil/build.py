@@ -240,7 +240,7 @@ class Run:
         return metrics(self.config, self.data, self.tasks, history, num_images, wall_seconds)
 
     def started(self, log: EventLog | SilentLog, progress: Progress) -> None:
-        """Before the first stage, or the first after a resume: what is to be looked at and kept."""
+        """Before the first stage of a run that goes on from no state: what is to be looked at and kept."""
 
     def facts(self, stage: Stage) -> dict[str, Any]:
         """What `stage.json` says beyond what is true of every kind of run."""

@@ -128,7 +128,8 @@ class Engine:
             quiet=not self.writes,
         )
         with self.progress:
-            self.parts.started(self.log, self.progress)
+            if self.position == Position():  # with a state, the log has what was looked at before
+                self.parts.started(self.log, self.progress)
             for stage in stages[self.position.stage :]:
                 self.train(stage)
                 self.finish(stage)

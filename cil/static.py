@@ -105,7 +105,7 @@ class StaticRun(Run):
             ValueError: If it knows less, or more, than its run says.
         """
         assert isinstance(self.learner, StaticDistillation)
-        if self.teacher is None or (self.config.folder / "teacher.json").is_file():
+        if self.teacher is None:
             return
         if (searched := self.learner.found) is not None:
             progress.say(f"search: {searched.winner.code} of {len(searched.candidates)} candidates")
