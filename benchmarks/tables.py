@@ -16,6 +16,7 @@ from cil.cli import compose
 from cil.cli import main as run
 
 _EVERY_TASK_ALIKE = ["optim.initial_schedule=null"]
+_UNCUT = ["optim.clip_norm=null"]  # cosine heads begin steadily
 _COSINE = ["optim.schedule.name=cosine", "optim.schedule.min_lr=0", "optim.weight_decay=5e-4", *_EVERY_TASK_ALIKE]
 #: Learner to its published milestones, scaled to 8 epochs, and weight decay.
 CONVOLUTIONAL: dict[str, list[str]] = {
@@ -25,8 +26,8 @@ CONVOLUTIONAL: dict[str, list[str]] = {
     "icarl": ["optim.schedule.milestones=[4,6]"],
     "wa": ["optim.schedule.milestones=[3,5,7]"],
     "bic": ["optim.schedule.milestones=[3,5,7]", *_EVERY_TASK_ALIKE, "optim.initial_weight_decay=null"],
-    "lucir": ["optim.schedule.milestones=[4,6]", "optim.weight_decay=5e-4", *_EVERY_TASK_ALIKE],
-    "podnet": [*_COSINE, "learner.finetune_epochs=1"],
+    "lucir": ["optim.schedule.milestones=[4,6]", "optim.weight_decay=5e-4", *_EVERY_TASK_ALIKE, *_UNCUT],
+    "podnet": [*_COSINE, *_UNCUT, "learner.finetune_epochs=1"],
     "der": ["optim.schedule.milestones=[4,6,7]"],
     "foster": _COSINE,
 }
