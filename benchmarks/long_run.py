@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
+from cil import checkpoint
 from cil.build import Run
 from cil.cli import compose
 from cil.config import check
@@ -93,7 +94,7 @@ class _Watched(Engine):
 
     def finish(self, stage: Stage) -> None:
         super().finish(stage)
-        folder = self.folder / f"stage_{stage.index:03d}"
+        folder = checkpoint.stage_folder(self.folder, stage.index)
         self.tasks_seen.append(
             Task(
                 resident_bytes=_resident_bytes(),

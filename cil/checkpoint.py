@@ -22,7 +22,7 @@ from kd.distributed import rank
 
 FORMAT = 3
 _NETWORK = "network."
-_MEANS = "class_means"
+CLASS_MEANS = "class_means"
 _STATE, _PREVIOUS = "state.pt", "state.previous.pt"
 _CHECKSUMS = "checksums.json"
 
@@ -47,7 +47,7 @@ def write_checked(path: Path, write: Callable[[BinaryIO], object], keep: Path | 
         known = _parsed(path.parent / _CHECKSUMS)
     except ValueError:  # there is none yet, or it is damaged: then so is what it was about
         known = {}
-    known[path.name] = [_checksum(part), *known.get(path.name, [])[:1]]
+    known[path.name] = [checksum(part), *known.get(path.name, [])[:1]]
     write_json(path.parent / _CHECKSUMS, known)
     if keep is not None and path.exists():
         os.replace(path, keep)
@@ -72,7 +72,8 @@ def _write_part(path: Path, write: Callable[[BinaryIO], object]) -> Path:
     return part
 
 
-def _checksum(path: Path) -> str:
+def checksum(path: Path) -> str:
+    """BLAKE2b of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "blake2b").hexdigest()
 
@@ -85,7 +86,7 @@ def _verify(path: Path, name: str | None = None) -> None:
     """
     known = _parsed(path.parent / _CHECKSUMS).get(name or path.name, [])
     try:
-        found = _checksum(path)
+        found = checksum(path)
     except OSError as error:
         raise ValueError(f"{path}: missing or damaged ({error.strerror or error})") from error
     if found not in known:
@@ -162,8 +163,8 @@ def save_stage(
     rest = {name: value for name, value in learner.items() if not name.startswith(_NETWORK)}
     write_checked(folder / "network.safetensors", lambda file: file.write(save(network)))
     if means is not None:
-        text = save({_MEANS: means.contiguous()})
-        write_checked(folder / f"{_MEANS}.safetensors", lambda file: file.write(text))
+        text = save({CLASS_MEANS: means.contiguous()})
+        write_checked(folder / f"{CLASS_MEANS}.safetensors", lambda file: file.write(text))
     write_json(folder / "stage.json", summary, checked=True)
     save_state(run, stage, {**state, "learner": rest})
 
@@ -219,8 +220,8 @@ def load_means(folder: Path, device: torch.device) -> Tensor | None:
     Raises:
         ValueError: If the file is damaged.
     """
-    path = folder / f"{_MEANS}.safetensors"
-    return _read(path, device)[_MEANS] if path.exists() else None
+    path = folder / f"{CLASS_MEANS}.safetensors"
+    return _read(path, device)[CLASS_MEANS] if path.exists() else None
 
 
 def load_network(folder: Path, device: torch.device, prefix: str = "") -> dict[str, Tensor]:

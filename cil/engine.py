@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -122,7 +123,7 @@ class Engine:
         self.restore()
         stages = [self.parts.stage(index) for index in range(self.parts.num_stages)]
         self.progress = Progress(
-            total_images=self.total_images(),
+            total_images=self.total_images,
             num_stages=self.parts.num_stages,
             done_images=self.history.images,
             quiet=not self.writes,
@@ -243,6 +244,7 @@ class Engine:
         self.saved_at, self.steps_since = time.monotonic(), 0
         self.parts.tell(self.progress, history, self.num_images, stage)
 
+    @cached_property
     def total_images(self) -> int:
         """Training images of the whole run, each counted as often as it is seen."""
         stages = [self.parts.stage(index) for index in range(self.parts.num_stages)]
@@ -644,7 +646,7 @@ class Engine:
             resumed_at=resumed_at,
             num_processes=world_size(),
             num_stages=self.parts.num_stages,
-            total_images=self.total_images(),
+            total_images=self.total_images,
             **machine(self.precision),
         )
 

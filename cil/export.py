@@ -9,7 +9,6 @@ The file is read again before it gets its name: what it says must be what `cil.l
 """
 
 import argparse
-import hashlib
 import json
 import logging
 import os
@@ -24,7 +23,8 @@ from jaxtyping import Float, UInt8
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cil.loading import CLASS_MEANS, FACTS, WEIGHTS, Model, load
+from cil.checkpoint import CLASS_MEANS, checksum
+from cil.loading import FACTS, WEIGHTS, Model, load
 from kd import Outputs
 
 FORMATS = {"torch_export": ".pt2", "onnx": ".onnx", "safetensors": WEIGHTS}
@@ -198,7 +198,7 @@ def _to_onnx(model: Model, path: Path) -> Answer:
     options.log_severity_level = 3  # errors alone
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
+    except Exception as error:  # its errors have no common base class
         raise ValueError(f"ONNX Runtime does not take what was written ({_first_line(error)})") from error
     return lambda images: torch.from_numpy(session.run(["scores"], {"images": images.numpy()})[0])
 
@@ -208,8 +208,7 @@ def _to_safetensors(model: Model, path: Path) -> Answer:
     if model.means is not None:
         weights[CLASS_MEANS] = model.means.contiguous()
     save_file(weights, path, metadata={"format": "pt"})
-    with path.open("rb") as file:
-        facts = model.facts() | {"blake2b": hashlib.file_digest(file, "blake2b").hexdigest()}
+    facts = model.facts() | {"blake2b": checksum(path)}
     path.with_suffix(FACTS).write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return load(path).logits
 

@@ -18,14 +18,9 @@ import yaml
 from cil import checkpoint
 from cil.config import ConfigError, RunConfig
 from cil.lock import LOCK
+from cil.place import PLACE
 from cil.precision import Precision
 
-#: Keys that may differ between the config of a run folder and the one it is asked to go on with.
-PLACE = {
-    *("name", "runs_dir", "overwrite", "experiment", "log", "snapshots"),
-    *("data.root", "data.download", "data.num_workers", "data.prefetch"),
-    *("checkpoint.every_seconds", "checkpoint.every_steps", "checkpoint.every_epochs"),
-}
 _PACKAGES = ("torch", "torchvision", "timm", "einops", "numpy", "scikit-learn", "pydantic", "hydra-core")
 
 

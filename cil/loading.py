@@ -1,6 +1,5 @@
 """Using what a run has learned."""
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,8 +31,6 @@ from kd.precision import full_precision
 #: What a file of `python -m cil.export --to safetensors` is, and which version of it this is.
 FILE_FORMAT, FILE_VERSION = "cil-model", 1
 WEIGHTS, FACTS = ".safetensors", ".json"
-#: Beside the weights in such a file, where the nearest mean is the answer.
-CLASS_MEANS = "class_means"
 
 
 @dataclass(frozen=True)
@@ -268,7 +265,7 @@ def _load_file(path: Path, stage: int | None, device: torch.device) -> Model:
         raise ValueError(f"{path}: holds stage {facts.get('stage')}, not {stage}; export that one from the run")
     with _fitting(path):
         weights = _read_weights(path.with_suffix(WEIGHTS), device, facts["blake2b"])
-        means = weights.pop(CLASS_MEANS, None)
+        means = weights.pop(checkpoint.CLASS_MEANS, None)
         return _assembled(
             check(facts["config"]),
             Part(**facts["architecture"]),
@@ -282,13 +279,12 @@ def _load_file(path: Path, stage: int | None, device: torch.device) -> Model:
         )
 
 
-def _read_weights(path: Path, device: torch.device, checksum: str) -> dict[str, Tensor]:
+def _read_weights(path: Path, device: torch.device, expected: str) -> dict[str, Tensor]:
     try:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "blake2b").hexdigest()
+        found = checkpoint.checksum(path)
     except OSError as error:
         raise ValueError(f"{path}: missing or damaged ({error.strerror or error})") from error
-    if found != checksum:
+    if found != expected:
         raise ValueError(f"{path}: missing or damaged (its checksum is not the one in {path.with_suffix(FACTS).name})")
     return load_file(path, device=str(device))
 

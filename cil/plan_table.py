@@ -1,18 +1,13 @@
 """A plan as text; 100 columns are enough for all but very long numbers."""
 
-import io
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from collections.abc import Sequence
 
 from cil.plan import PhasePlan, Plan, TaskPlan
 from cil.progress import duration
+from cil.text_table import as_text as table
 
-WIDEST = 1000  # a number is never cut
 PHASE_COLUMNS = ["task", "classes", "phase", "samples", "epochs", "steps"]
 PHASE_COLUMNS += ["learning", "idle", "M adds", "images/s", "time"]
 TASK_COLUMNS = ["after", "parameters", "M adds", "exemplars", "pixels"]
@@ -25,13 +20,14 @@ def as_text(plan: Plan) -> str:
     last = plan.tasks[-1]
     blocks = [
         f"{plan.name}: {plan.description}\nmeasured in {plan.place}; nothing was trained and nothing is written\n",
-        _table(
+        table(
             PHASE_COLUMNS,
             (_phase_row(number, task, phase) for number, task in enumerate(plan.tasks, 1) for phase in task.phases),
+            left=("phase",),
         ),
         "learning, idle: parameters that take gradients, those of them that get none; M adds: million\n"
         "multiply-adds of a training step per image (convolutions, matrix products; gradients, teacher)\n",
-        _table(TASK_COLUMNS, (_task_row(number, task) for number, task in enumerate(plan.tasks, 1))),
+        table(TASK_COLUMNS, (_task_row(number, task) for number, task in enumerate(plan.tasks, 1)), left=()),
         "M adds: of the answer to one image; MB of tensors in the largest phase (grads: gradients; optim:\n"
         "state of the optimizer; pixels: of the exemplars, of which only ids are stored)\n",
         *(_idle(phase, len(plan.tasks)) for phase in last.phases if phase.idle),
@@ -98,18 +94,6 @@ def _sums(plan: Plan) -> str:
         "and choice of exemplars",
     ]
     return "\n".join(lines)
-
-
-def _table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    for name in names:
-        table.add_column(name, justify="left" if name == "phase" else "right")
-    for row in rows:
-        table.add_row(*row)
-    console = Console(file=io.StringIO(), width=WIDEST, color_system=None)
-    console.print(table)
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue()
 
 
 def _count(number: int) -> str:

@@ -20,21 +20,19 @@ import numpy as np
 import torch
 from einops import rearrange
 from numpy.typing import NDArray
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from cil.data.files import default_num_workers
 from cil.data.folder_index import find_images
+from cil.data.npz import DAMAGED
 from cil.loading import Model, load
+from cil.text_table import as_text
 
 T = TypeVar("T")
 
 FORMATS = ("table", "json", "csv")
 ARRAY_SUFFIXES = (".npz", ".npy")
 ARRAY_NAMES = ("x", "images", "x_test")  # of which the first that is in an .npz file is read
-_WIDEST = 1000  # characters of a table that is written to a file or a pipe
 
 
 @dataclass(frozen=True)
@@ -142,7 +140,7 @@ def read_arrays(path: Path, input_shape: tuple[int, int, int]) -> Tensor:
         with path.open("rb") as file:
             loaded = np.load(file, allow_pickle=False)
             images: NDArray[Any] = loaded if isinstance(loaded, np.ndarray) else _named(loaded)
-    except Exception as error:  # NumPy raises many kinds for a damaged file, and for one that is no archive
+    except DAMAGED as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     channels, height, width = input_shape
     wanted = f"uint8 [images, {height}, {width}" + (f", {channels}]" if channels > 1 else "] or [..., 1]")
@@ -163,22 +161,12 @@ def _named(archive: Any) -> NDArray[Any]:
 
 def as_table(found: Sequence[Prediction]) -> str:
     """A line for each image: the likeliest class and its confidence, then the others."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    for name in ("image", "class", "confidence", "then"):
-        table.add_column(name, no_wrap=True, justify="right" if name == "confidence" else "left")
+    rows = []
     for one in found:
         (name, _, share), *others = one.classes
         rest = ", ".join(f"{other} {value:.3f}" for other, _, value in others)
-        table.add_row(*(_plain(text) for text in (one.source, name, f"{share:.3f}", rest)))
-    console = Console(file=io.StringIO(), width=_WIDEST, color_system=None, markup=False, emoji=False)
-    console.print(table)
-    assert isinstance(console.file, io.StringIO)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
-
-
-def _plain(text: str) -> str:
-    """A text without what would break a line or speak to the terminal."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
+        rows.append((one.source, name, f"{share:.3f}", rest))
+    return as_text(("image", "class", "confidence", "then"), rows, left=("image", "class", "then"))
 
 
 def as_json(model: Model, run: str, found: Sequence[Prediction], unreadable: Sequence[Unreadable]) -> str:

@@ -16,7 +16,6 @@ went through. `cil.report` reads them, without torch.
 | `token_distances` | tasks, tasks | cosine distances between task tokens |
 """
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +29,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from cil.build import Run
-from cil.checkpoint import stage_folder, write_atomically
+from cil.checkpoint import stage_folder, write_atomically, write_json
 from cil.evaluation import Counts, nearest_to
 from cil.models.network import Network
 from cil.models.patches import PatchNetwork
@@ -61,8 +60,7 @@ def write(run_folder: Path, run: Run, stage: Stage, counts: Counts, means: Tenso
     facts, arrays = snapshot(run, stage, counts, means)
     folder = stage_folder(run_folder, stage.index) / FOLDER
     write_atomically(folder / ARRAYS, lambda file: np.savez_compressed(file, **arrays))  # type: ignore[arg-type]
-    text = json.dumps(facts, indent=1, allow_nan=False) + "\n"
-    write_atomically(folder / FACTS, lambda file: file.write(text.encode()))
+    write_json(folder / FACTS, facts)
 
 
 @torch.inference_mode()

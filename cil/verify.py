@@ -24,7 +24,8 @@ from rich.text import Text
 
 from cil.cli import compose
 from cil.config import Config, check
-from cil.folder import PLACE, read_metrics, read_yaml
+from cil.folder import read_metrics, read_yaml
+from cil.place import PLACE
 from cil.report.folders import flattened
 from cil.tasks import task_sequence
 

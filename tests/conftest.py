@@ -34,6 +34,11 @@ TINY = (
     "checkpoint.every_epochs=1",
     "checkpoint.every_seconds=null",
 )
+#: A network and tasks of two digits in which forgetting is seen, with the heads that the bounds were set for.
+SMALL_RESNET = (
+    *("model=resnet32", "model.head_init=torch", "model.depth=20", "model.width=8"),
+    *("scenario.classes=4", "optim.epochs=10"),
+)
 SMALL_DKT = ("model.width=16", "model.num_heads=2", "model.depth=1", "model.mlp_ratio=1", "model.stem_width=8")
 
 #: Overrides of a run of two tasks, as short and small as they come; with `learner=finetune`.

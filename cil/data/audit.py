@@ -1,7 +1,6 @@
 """What is in a data set of one's own, and what is wrong with it: `python -m cil.data PATH`."""
 
 import hashlib
-import io
 import json
 import warnings
 from collections import Counter, defaultdict
@@ -14,21 +13,18 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from cil.data.base import ImageSet, MissingData
 from cil.data.files import default_num_workers
 from cil.data.folder_index import class_folders, image_files
 from cil.data.framing import to_rgb
-from cil.data.npz import load_parts, read_npz
+from cil.data.npz import class_names, load_parts
+from cil.text_table import as_text, printable
 
 TRAIN, FOLDER_PARTS, ARRAY_PARTS = "train", ("train", "val"), ("train", "test")
 
 _MOST = 5  # of what is wrong, shown in a sentence
 _MOST_CLASSES = 50  # shown in the table
-_WIDEST = 1000  # characters of a table
 
 
 @dataclass
@@ -161,24 +157,25 @@ class Audit:
 
     def as_table(self) -> str:
         """For a person: a line for each part, a line for each class, then what is wrong."""
-        parts = _table("part", "images", "classes", "fewest", "most", "width", "height", "kinds")
+        parts = []
         for name, part in self.parts.items():
             counts = [count for count in part.counts.values() if count] or [0]
             kinds = ", ".join(f"{kind} {count}" for kind, count in chain(part.formats.items(), part.modes.items()))
             sizes = [_shown(_range(sides)) for sides in (part.widths, part.heights)]
             numbers = (sum(part.counts.values()), sum(map(bool, part.counts.values())), min(counts), max(counts))
-            parts.add_row(name, *map(str, numbers), *sizes, kinds)
-        classes = _table("class", *self.parts)
+            parts.append((name, *map(str, numbers), *sizes, kinds))
+        names = ("part", "images", "classes", "fewest", "most", "width", "height", "kinds")
         labels = list(dict.fromkeys(label for part in self.parts.values() for label in part.counts))
-        for label in labels[:_MOST_CLASSES]:
-            classes.add_row(_plain(label), *(str(part.counts.get(label, 0)) for part in self.parts.values()))
+        shown, parts_in_order = labels[:_MOST_CLASSES], list(self.parts.values())
+        classes = [(label, *(str(part.counts.get(label, 0)) for part in parts_in_order)) for label in shown]
         rest = len(labels) - _MOST_CLASSES
-        problems = [_plain(problem) for problem in self.problems()]
+        problems = [printable(problem) for problem in self.problems()]
         return "\n".join(
             [
                 f"{self.path} (data={self.kind})",
-                _text(parts),
-                _text(classes) + (f"\nand {rest} more classes; --json lists all\n" if rest > 0 else ""),
+                as_text(names, parts, left=("part", "kinds")),
+                as_text(("class", *self.parts), classes, left=("class",))
+                + (f"\nand {rest} more classes; --json lists all\n" if rest > 0 else ""),
                 *(f"wrong: {problem}" for problem in problems),
                 "" if problems else "nothing wrong was found\n",
             ]
@@ -252,17 +249,18 @@ def _digest(pixels: np.ndarray) -> str:
 def _of_npz(path: Path) -> Audit:
     found = Audit(path, "npz", {name: Part() for name in ARRAY_PARTS})
     try:
-        *sets, names = load_parts(path)
+        train, test, names = load_parts(path)
     except ValueError as error:
         found.unusable = str(error)
         return found
+    sets = (train, test)
     top = max(int(images.labels.max()) for images in sets) + 1
     labels = [str(name) for name in names] if names is not None and names.ndim == 1 else []
     labels += [str(label) for label in range(len(labels), top)]
     for (name, part), images in zip(found.parts.items(), sets, strict=True):
         _fill(part, images, labels, name)
     try:
-        read_npz(path)
+        class_names(path, train, test, names)
     except ValueError as error:
         found.unusable = str(error)
     return found
@@ -301,22 +299,3 @@ def _some(items: Iterable[str]) -> str:
     shown = list(items)
     more = f" and {len(shown) - _MOST} more" if len(shown) > _MOST else ""
     return ", ".join(shown[:_MOST]) + more
-
-
-def _plain(text: str) -> str:
-    """A text without what would break a line or speak to the terminal."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
-
-
-def _table(first: str, *others: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    for name in (first, *others):
-        table.add_column(name, no_wrap=True, justify="left" if name in (first, "kinds") else "right")
-    return table
-
-
-def _text(table: Table) -> str:
-    console = Console(file=io.StringIO(), width=_WIDEST, color_system=None, markup=False, emoji=False)
-    console.print(table)
-    assert isinstance(console.file, io.StringIO)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"

@@ -19,7 +19,7 @@ _PICKLED = (
     "it holds Python objects, which could run code when they are read: store numbers, and names as an array of strings"
 )
 #: What NumPy raises for a damaged file; the last two for one that says its arrays are larger than they can be.
-_DAMAGED = (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error, MemoryError, OverflowError)
+DAMAGED = (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error, MemoryError, OverflowError)
 _SHOWN = 5  # labels in a message
 _MAX_COLOURS = 4  # to tell the place of the channels in a message: grey, RGB, RGB with alpha
 
@@ -78,10 +78,7 @@ def read_npz(path: Path) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
         ValueError: If something is wrong with the file; says what was found and what would be right.
     """
     train, test, names = load_parts(path)
-    try:
-        return train, test, _class_names(train, test, names)
-    except ValueError as error:
-        raise ValueError(f"{path} is not usable as a data set: {error}") from error
+    return train, test, class_names(path, train, test, names)
 
 
 def load_parts(path: Path) -> tuple[ImageSet, ImageSet, NDArray | None]:
@@ -105,7 +102,7 @@ def load_parts(path: Path) -> tuple[ImageSet, ImageSet, NDArray | None]:
                 f"and {test.input_shape}"
             )
         return train, test, arrays.get("classes")
-    except _DAMAGED as error:
+    except DAMAGED as error:
         reason = _PICKLED if "pickle" in str(error) else error
         raise ValueError(f"{path} is not usable as a data set: {reason}") from error
 
@@ -115,6 +112,18 @@ def _archive(file: BinaryIO) -> np.lib.npyio.NpzFile:
     if not isinstance(archive, np.lib.npyio.NpzFile):
         raise ValueError("it is a single array and no archive of several: write it with numpy.savez")
     return archive
+
+
+def class_names(path: Path, train: ImageSet, test: ImageSet, names: NDArray | None) -> tuple[str, ...]:
+    """Names of the classes of what `load_parts` read: those of the archive, or the labels.
+
+    Raises:
+        ValueError: If labels have gaps, lie outside, or do not go with the names.
+    """
+    try:
+        return _class_names(train, test, names)
+    except ValueError as error:
+        raise ValueError(f"{path} is not usable as a data set: {error}") from error
 
 
 def _image_set(images: NDArray, labels: NDArray, part: str) -> ImageSet:

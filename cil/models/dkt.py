@@ -174,12 +174,10 @@ class Attention(nn.Module):
         self, queries: Float[Tensor, "batch queries width"], context: Float[Tensor, "batch keys width"]
     ) -> Float[Tensor, "batch queries width"]:
         """One answer per query."""
-        split = "b n (head d) -> b head n d"
-        q = rearrange(self.q(queries), split, head=self.num_heads)
-        k = rearrange(self.k(context), split, head=self.num_heads)
-        v = rearrange(self.v(context), split, head=self.num_heads)
+        weights = self.weights(queries, context)
+        v = rearrange(self.v(context), "b n (head d) -> b head n d", head=self.num_heads)
         # plain products: with this few tokens they beat torch's fused attention on a CPU, most of all backward
-        answers = rearrange(self._weights(q, k) @ v, "b head n d -> b n (head d)")
+        answers = rearrange(weights @ v, "b head n d -> b n (head d)")
         projected: Tensor = self.proj(answers)
         return projected
 
@@ -189,10 +187,7 @@ class Attention(nn.Module):
         """How much each query looks at each key: rows add up to 1."""
         split = "b n (head d) -> b head n d"
         q = rearrange(self.q(queries), split, head=self.num_heads)
-        return self._weights(q, rearrange(self.k(context), split, head=self.num_heads))
-
-    @staticmethod
-    def _weights(q: Float[Tensor, "b head queries d"], k: Float[Tensor, "b head keys d"]) -> Tensor:
+        k = rearrange(self.k(context), split, head=self.num_heads)
         return torch.softmax(q * q.shape[-1] ** -0.5 @ k.mT, dim=-1)
 
 

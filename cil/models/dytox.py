@@ -102,13 +102,10 @@ class ClassAttention(nn.Module):
         self, tasks: Float[Tensor, "batch_or_1 tasks width"], patches: Float[Tensor, "batch patches width"]
     ) -> Float[Tensor, "batch tasks width"]:
         """Normalised task tokens, of each sample or the same for all, and patches in; the updates of the tokens out."""
-        split = "b n (head d) -> b head n d"
-        q, own_k, own_v = (rearrange(layer(tasks), split, head=self.num_heads) for layer in (self.q, self.k, self.v))
-        k, v = (rearrange(layer(patches), split, head=self.num_heads) for layer in (self.k, self.v))
-        q = q * q.shape[-1] ** -0.5
-        # plain products, as in `cil.models.dkt`: faster than torch's fused attention with a mask
-        to_itself = (q * own_k).sum(dim=-1, keepdim=True).expand(patches.shape[0], -1, -1, -1)
-        weights = torch.cat([to_itself, q @ k.mT], dim=-1).softmax(dim=-1)
+        weights = self._weights(tasks, patches)
+        own_v, v = (
+            rearrange(self.v(tokens), "b n (head d) -> b head n d", head=self.num_heads) for tokens in (tasks, patches)
+        )
         answers = weights[..., :1] * own_v + weights[..., 1:] @ v
         update: Tensor = self.proj(rearrange(answers, "b head t d -> b t (head d)"))
         return update
@@ -117,13 +114,19 @@ class ClassAttention(nn.Module):
         self, tasks: Float[Tensor, "batch_or_1 tasks width"], patches: Float[Tensor, "batch patches width"]
     ) -> Float[Tensor, "batch tasks patches"]:
         """How much each task token looks at each patch, mean over the heads; the rest of 1 it looks at itself."""
+        return self._weights(tasks, patches)[..., 1:].mean(dim=1)
+
+    def _weights(
+        self, tasks: Float[Tensor, "batch_or_1 tasks width"], patches: Float[Tensor, "batch patches width"]
+    ) -> Float[Tensor, "batch head tasks seen"]:
+        """How much each task token looks at itself, first, and at each patch; rows add up to 1."""
         split = "b n (head d) -> b head n d"
         q, own_k = (rearrange(layer(tasks), split, head=self.num_heads) for layer in (self.q, self.k))
         k = rearrange(self.k(patches), split, head=self.num_heads)
         q = q * q.shape[-1] ** -0.5
-        to_itself = (q * own_k).sum(dim=-1, keepdim=True).expand(len(patches), -1, -1, -1)
-        weights: Tensor = torch.cat([to_itself, q @ k.mT], dim=-1).softmax(dim=-1)
-        return weights[..., 1:].mean(dim=1)
+        # plain products, as in `cil.models.dkt`: faster than torch's fused attention with a mask
+        to_itself = (q * own_k).sum(dim=-1, keepdim=True).expand(patches.shape[0], -1, -1, -1)
+        return torch.cat([to_itself, q @ k.mT], dim=-1).softmax(dim=-1)
 
 
 class MLP(nn.Module):

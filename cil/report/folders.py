@@ -14,16 +14,12 @@ import yaml
 
 from cil.events import read_events
 from cil.metrics import AccuracyMatrix
+from cil.place import PLACE
 from cil.report.snapshots import Snapshot, read_snapshots
 
 _YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where libyaml is there
 FILES = ("config.yaml", "events.jsonl", "metrics.json")
-# Keys of the config that say where a run was done and what it was called, but nothing about what was done.
-_CIRCUMSTANCES = {
-    *("name", "runs_dir", "overwrite", "experiment", "log", "snapshots"),
-    *("data.root", "data.download", "data.num_workers", "data.prefetch", "num_threads"),
-    *("checkpoint.every_seconds", "checkpoint.every_steps", "checkpoint.every_epochs"),
-}
+_CIRCUMSTANCES = PLACE | {"num_threads"}
 
 
 @dataclass

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from cil.checkpoint import write_json
 from cil.sinks.base import Event, Place, Sink, scalars, sinks
 
 PROJECT = "dkt-incremental"
@@ -64,6 +65,4 @@ class WandB(Sink):
         self._keep()
 
     def _keep(self) -> None:
-        whole = self.path.with_suffix(".json.new")
-        whole.write_text(json.dumps({"id": self.id, "given": self.given}))
-        os.replace(whole, self.path)
+        write_json(self.path, {"id": self.id, "given": self.given})

@@ -20,7 +20,7 @@ from cil.stages import SetApart, Stage
 from kd import Batch, WeightedSum
 from kd.feature.fitnet import FitNet
 from kd.logit.kd import KD
-from tests.conftest import RunTiny, run_tiny_in
+from tests.conftest import SMALL_RESNET, RunTiny, run_tiny_in
 from tests.run_folders import facts_of, metrics_of, weights_of
 from tests.test_distributed import EXACT, assert_equal_runs, ended, launch
 from tests.test_resume import INTERRUPTED, assert_as_if_nothing_happened, interrupt
@@ -222,16 +222,8 @@ def test_the_published_recipe_composes() -> None:
 
 
 def test_it_forgets_less_than_training_on_each_task_alone(whole_run: RunTiny) -> None:
-    model = (
-        "model=resnet32",
-        "model.head_init=torch",
-        "model.depth=20",
-        "model.width=8",
-        "scenario.classes=4",
-        "optim.epochs=10",
-    )
-    run = whole_run(*model, *SMALL, learner="bic")
-    found, alone = metrics_of(run), metrics_of(whole_run(*model, learner="finetune"))
+    run = whole_run(*SMALL_RESNET, *SMALL, learner="bic")
+    found, alone = metrics_of(run), metrics_of(whole_run(*SMALL_RESNET, learner="finetune"))
     assert found["last_accuracy"] > alone["last_accuracy"] + 0.3
     assert found["exemplars"] == [40, 40]
     epochs = [(event["phase"], list(event["losses"])) for event in facts_of(run) if event["event"] == "epoch"]

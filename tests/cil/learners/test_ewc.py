@@ -17,7 +17,7 @@ from cil.optim import Recipe
 from cil.seeding import SampleNoise, sample_noise
 from cil.stages import Stage
 from kd import Batch
-from tests.conftest import RunTiny, run_tiny_in
+from tests.conftest import SMALL_RESNET, RunTiny, run_tiny_in
 from tests.run_folders import assert_same_weights, facts_of, metrics_of, weights_of
 from tests.test_distributed import EXACT, assert_equal_runs, ended, launch
 from tests.test_resume import INTERRUPTED, assert_as_if_nothing_happened, interrupt
@@ -253,16 +253,8 @@ def test_the_first_task_is_that_of_finetuning_to_the_bit(whole_run: RunTiny) -> 
 
 
 def test_a_strong_spring_keeps_the_old_task(whole_run: RunTiny) -> None:
-    settings = (
-        "model=resnet32",
-        "model.head_init=torch",
-        "model.depth=20",
-        "model.width=8",
-        "scenario.classes=4",
-        "optim.epochs=10",
-    )
-    found = metrics_of(whole_run(*settings, "learner.weight=1e6", learner="ewc"))
-    alone = metrics_of(whole_run(*settings, learner="finetune"))
+    found = metrics_of(whole_run(*SMALL_RESNET, "learner.weight=1e6", learner="ewc"))
+    alone = metrics_of(whole_run(*SMALL_RESNET, learner="finetune"))
     assert found["forgetting"] < alone["forgetting"] - 0.1
     assert found["last_accuracy"] > alone["last_accuracy"]
 

@@ -16,7 +16,7 @@ from cil.optim import Recipe
 from cil.stages import Stage
 from kd import Batch, Outputs, WeightedSum
 from kd.logit.kd import KD
-from tests.conftest import RunTiny, run_tiny_in
+from tests.conftest import SMALL_RESNET, RunTiny, run_tiny_in
 from tests.run_folders import facts_of, metrics_of
 from tests.test_distributed import EXACT, assert_equal_runs, ended, launch
 from tests.test_resume import INTERRUPTED, assert_as_if_nothing_happened, interrupt
@@ -186,17 +186,9 @@ def test_the_published_recipes_compose() -> None:
 
 @pytest.mark.parametrize("loss", ["ce_kd", "bce", "ce_bce"])
 def test_it_forgets_less_than_training_on_each_task_alone(whole_run: RunTiny, loss: str) -> None:
-    model = (
-        "model=resnet32",
-        "model.head_init=torch",
-        "model.depth=20",
-        "model.width=8",
-        "scenario.classes=4",
-        "optim.epochs=10",
-    )
     kd = ("kd=none",) if loss != "ce_kd" else ()
-    run = whole_run(*model, *kd, f"learner.loss={loss}", learner="icarl")
-    found, alone = metrics_of(run), metrics_of(whole_run(*model, learner="finetune"))
+    run = whole_run(*SMALL_RESNET, *kd, f"learner.loss={loss}", learner="icarl")
+    found, alone = metrics_of(run), metrics_of(whole_run(*SMALL_RESNET, learner="finetune"))
     assert found["last_accuracy"] > alone["last_accuracy"] + 0.3
     assert found["exemplars"] == [24, 24]
     terms = {

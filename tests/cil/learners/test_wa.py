@@ -13,7 +13,7 @@ from cil.optim import Recipe
 from cil.stages import Stage
 from kd import Batch, WeightedSum
 from kd.logit.kd import KD
-from tests.conftest import RunTiny
+from tests.conftest import SMALL_RESNET, RunTiny
 from tests.run_folders import facts_of, metrics_of, weights_of
 
 BATCH = Batch(torch.rand(5, 1, 8, 8), torch.tensor([0, 4, 2, 3, 4]), torch.arange(5))
@@ -127,16 +127,8 @@ def test_the_published_recipe_composes() -> None:
 
 
 def test_it_forgets_less_than_training_on_each_task_alone(whole_run: RunTiny) -> None:
-    model = (
-        "model=resnet32",
-        "model.head_init=torch",
-        "model.depth=20",
-        "model.width=8",
-        "scenario.classes=4",
-        "optim.epochs=10",
-    )
-    run = whole_run(*model, learner="wa")
-    found, alone = metrics_of(run), metrics_of(whole_run(*model, learner="finetune"))
+    run = whole_run(*SMALL_RESNET, learner="wa")
+    found, alone = metrics_of(run), metrics_of(whole_run(*SMALL_RESNET, learner="finetune"))
     assert found["last_accuracy"] > alone["last_accuracy"] + 0.2
     assert found["exemplars"] == [24, 24]
     norms = weights_of(run)["stage_001/head.weight"].norm(dim=1)
