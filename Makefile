@@ -22,7 +22,7 @@ check: $(INSTALLED)
 	$(BIN)/pytest -q tests/kd/test_imports.py
 
 bench: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench
+	$(BIN)/python -m benchmarks.bench
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

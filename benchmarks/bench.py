@@ -1,16 +1,14 @@
 """Side-by-side measurements: `make bench`, or `python -m benchmarks.bench [ROW ...]`.
 
-Every row measures one thing of this project and the same thing done as the published releases do it. Both sides run on
-one thread, in turn, so that what else the machine does hits both; the median counts. The table goes to standard output
-and to benchmarks/latest.json.
+Every row measures one thing of this project and the same thing done in a plain way: the plain form of our own code
+(`fast=off precision=fp32`), or what the published releases do. Both sides run in turn in one process, so that what else
+the machine does hits both; the median counts. The table goes to standard output and to benchmarks/latest.json.
 """
 
 import argparse
 import json
-import statistics
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,45 +16,14 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
+from benchmarks import reading, steps  # noqa: F401 - they enter their rows
+from benchmarks.measuring import Measured, row, rows, side_by_side, threads
 from cil.models.dytox import DyToxNetwork
 from kd import Batch, Outputs
 from kd.feature.crd import CRD
 from kd.feature.crd_sampling import ClassBlocks
 
 LATEST = Path(__file__).with_name("latest.json")
-
-
-@dataclass
-class Measured:
-    """One row: ours, what it is compared with, and how many times better ours is."""
-
-    value: float
-    unit: str
-    baseline: float
-    ratio: float
-
-
-rows: dict[str, Callable[[], Measured]] = {}
-
-
-def row(function: Callable[[], Measured]) -> Callable[[], Measured]:
-    """Decorator that enters a measurement under the name of its function."""
-    rows[function.__name__] = function
-    return function
-
-
-def side_by_side(ours: Callable[[], object], baseline: Callable[[], object], repetitions: int = 15) -> Measured:
-    """Median milliseconds of two functions that are called in turn, after one call each that does not count."""
-    sides = (ours, baseline)
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for repetition in range(-1, repetitions):
-        for side, taken in zip(sides, seconds, strict=True):
-            start = time.perf_counter()
-            side()
-            if repetition >= 0:
-                taken.append(time.perf_counter() - start)
-    value, other = (1000 * statistics.median(taken) for taken in seconds)
-    return Measured(value, "ms", other, other / value)
 
 
 @row
@@ -72,7 +39,8 @@ def crd_sampling() -> Measured:
         chosen = [random.choice(others[label], num_negatives, replace=False) for label in labels[batch].tolist()]
         return torch.from_numpy(np.stack(chosen))
 
-    return side_by_side(lambda: blocks.negatives(batch, num_negatives, generator), released)
+    with threads(1):
+        return side_by_side(lambda: blocks.negatives(batch, num_negatives, generator), released)
 
 
 @row
@@ -100,7 +68,8 @@ def crd_step() -> Measured:
             losses.append(-(told + (noise / (scores[:, 1:] + noise + crd.eps)).log().sum()) / 64)
         sum(losses[1:], losses[0]).backward()
 
-    return side_by_side(lambda: crd(student, teacher, batch).backward(), released, repetitions=3)
+    with threads(1):
+        return side_by_side(lambda: crd(student, teacher, batch).backward(), released, repetitions=3)
 
 
 def _dytox_decoder(num_tasks: int) -> Measured:
@@ -108,7 +77,8 @@ def _dytox_decoder(num_tasks: int) -> Measured:
     network = DyToxNetwork((3, 32, 32))
     for _ in range(num_tasks):
         network.grow(1)
-    patches = torch.randn(32, *network.position.shape[1:], requires_grad=True)
+    maps = network.encode(torch.randn(32, 3, 32, 32)).detach().requires_grad_()
+    patches = rearrange(maps, "b d h w -> b (h w) d")
 
     def published() -> None:
         answers = []
@@ -127,7 +97,8 @@ def _dytox_decoder(num_tasks: int) -> Measured:
             answers.append(answer)
         torch.cat(answers, dim=1).square().sum().backward()
 
-    return side_by_side(lambda: network.decode(patches).square().sum().backward(), published, repetitions=5)
+    with threads(1):
+        return side_by_side(lambda: network.decode(maps).square().sum().backward(), published, repetitions=5)
 
 
 @row
@@ -149,13 +120,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = parser.parse_args(arguments).rows or list(rows)
     if strangers := [name for name in chosen if name not in rows]:
         parser.error(f"unknown rows {', '.join(strangers)}; known: {', '.join(rows)}")
-    torch.set_num_threads(1)
-    print(f"{'row':<20} {'value':>10} {'unit':<5} {'baseline':>10} {'ratio':>8}")
+    print(f"{'row':<22} {'value':>10} {'unit':<8} {'baseline':>10} {'ratio':>8}")
     latest = json.loads(LATEST.read_text()) if LATEST.exists() else {}
     for name in chosen:
         measured = rows[name]()
         print(
-            f"{name:<20} {measured.value:>10.3f} {measured.unit:<5} {measured.baseline:>10.3f} {measured.ratio:>7.1f}x",
+            f"{name:<22} {measured.value:>10.3f} {measured.unit:<8} {measured.baseline:>10.3f} {measured.ratio:>7.2f}x",
             flush=True,
         )
         latest[name] = asdict(measured)

@@ -71,8 +71,10 @@ class Batches:
         return derive(self.seed, "epoch", stage.index, phase, epoch)
 
     def view_key(self, stage: Stage, number: int, phase: Phase, epoch: int) -> int:
-        """Where the augmentation of an epoch comes from: the same for all epochs that part one pass."""
+        """Where the augmentation of an epoch comes from: the same for epochs that part one pass or show one view."""
         turn = epoch // phase.recipe.sampling.epoch_parts
+        if phase.views is not None:
+            turn %= phase.views
         if self.data_seed is None:
             return self.key(stage, number, turn)
         return derive(self.data_seed, "augmentation", stage.index, number, turn)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, model_validator
 from pydantic_core import ErrorDetails
 
+from cil.fast import Fast
 from cil.optim import Recipe
 from cil.precision import PrecisionName
 from cil.search import Search
@@ -181,6 +182,7 @@ class RunConfig(Section):
         runs_dir: Where run folders are.
         overwrite: Move a run folder of the same name aside instead of refusing.
         plan: Say what the run will take instead of running; no part of what is stored.
+        profile: Write where the time of a few steps goes into `profile` in the run folder; no part of what is stored.
         experiment: The experiment this came from, for the record.
         seed: Everything random comes from it, but not the class order.
         data_seed: Another seed for the held-out images and the augmentation, so that runs of several seeds see the
@@ -192,6 +194,7 @@ class RunConfig(Section):
         evaluate_on: The test set, or the images held out by `data.validation`.
         data: The data set.
         model: The network.
+        fast: Which faster ways of computing are taken (`cil.fast`).
         kd: Distillation terms by name, each with `method` (default: its own name), `weight`, hyper-parameters, and
             when it counts (`Counting`).
         optim: How a phase is trained.
@@ -206,6 +209,7 @@ class RunConfig(Section):
     runs_dir: Path = Path("runs")
     overwrite: bool = False
     plan: bool = Field(False, exclude=True)
+    profile: bool = Field(False, exclude=True)
     experiment: str | None = None
     seed: int = Field(0, ge=0, lt=2**63)
     data_seed: int | None = Field(None, ge=0, lt=2**63)
@@ -215,6 +219,7 @@ class RunConfig(Section):
     evaluate_on: Literal["test", "validation"] = "test"
     data: Data
     model: Part
+    fast: Fast = Fast()
     kd: dict[str, dict[str, Any]] = {}
     optim: Recipe
     evaluation: Evaluation = Evaluation()

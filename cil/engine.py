@@ -15,15 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
 
 from cil import checkpoint, distributed, snapshots
 from cil.batches import Batches
 from cil.build import Run
+from cil.encoded import Encoded
 from cil.evaluation import Counts
 from cil.events import EventLog
 from cil.folder import config_digest, machine
 from cil.learners.base import Reading
 from cil.optim import Carried, learning_rates, make_optimizer, set_learning_rate, state_by_name, take_state
+from cil.profiling import NoProfile, Profile, profiled
 from cil.progress import Progress
 from cil.results import History, protocol
 from cil.room import is_out_of_memory, largest_that_fits
@@ -99,6 +102,10 @@ class Engine:
         self.saved_at, self.save_seconds, self.steps_since = time.monotonic(), 0.0, 0
         self.kept = "nothing, it had not been saved yet"
         self.model: nn.Module = self.learner
+        #: What a phase with `views` is shown instead of images.
+        self.encoded: Encoded | None = None
+        wanted = run.config.profile and rank() == 0
+        self.profile = Profile(self.folder / "profile", run.num_stages) if wanted else NoProfile()
         self.optimizer: torch.optim.Optimizer | None = None
         self.scaler = run.precision.scaler()
         self.saved_optimizer: dict[str, Any] | None = None
@@ -194,6 +201,7 @@ class Engine:
         ids = self.batches.ids("new+memory", stage)
         with seeded(self.config.seed, "remember", stage.index):
             self.learner.remember(ids, self.samples.labels[ids])
+        self.config.fast.apply(self.learner)
         distributed.prepare(self.learner, *self.learner.speakers())
 
     def finish(self, stage: Stage) -> None:
@@ -265,14 +273,15 @@ class Engine:
             self.position.phase, self.position.epoch, self.position.step = number, 0, 0
             self.saved_optimizer = None
         self.learner.phase = phase
-        self.set_trainable(phase)
         ids = self.batches.of_phase(phase, stage)
+        self.encoded = self.encode(stage, number, phase, ids)
+        self.set_trainable(phase)
         steps = len(self.batches.plan(ids, stage, number, phase, epoch=0))
         if not steps:
             raise RunFailed(f"stage {stage.index}, phase {phase.name}: there is no batch to train on")
         rates = learning_rates(phase.recipe.schedule, phase.recipe.epochs, phase.recipe.peak_lr, steps)
         self.model = distributed.wrap(self.learner)
-        self.optimizer = make_optimizer(self.learner, phase.recipe)
+        self.optimizer = make_optimizer(self.learner, phase.recipe, fused=self.config.fast.fused_optimizer)
         self.scaler = self.precision.scaler(skips=phase.recipe.skip_nonfinite)
         if self.saved_optimizer is not None:
             self.optimizer.load_state_dict(self.saved_optimizer["optimizer"])
@@ -292,6 +301,7 @@ class Engine:
                 num_samples=len(ids),
                 num_steps=steps,
             )
+        self.profile.begin(stage, number, phase)
         for epoch in range(self.position.epoch, phase.recipe.epochs):
             self.train_epoch(stage, number, phase, epoch, ids, rates)
             self.position.epoch, self.position.step, self.epoch = epoch + 1, 0, Epoch()
@@ -305,7 +315,9 @@ class Engine:
                 self.save(stage)
         if phase.recipe.carries_state and self.learner.continues:
             self.carried[phase.name] = state_by_name(self.optimizer, self.learner)
-        self.optimizer, self.model = None, self.learner
+        if written := self.profile.end():
+            self.progress.say(written)
+        self.optimizer, self.model, self.encoded = None, self.learner, None
         if any(later.source == "memory" for later in phases[number + 1 : number + 2]):
             counts = next(iter(self.evaluate(stage, "before_finetuning").values()))
             self.history.before_finetuning.append(counts.accuracy)
@@ -321,14 +333,12 @@ class Engine:
         view_key = self.batches.view_key(stage, number, phase, epoch)
         first_rate = rates[epoch * len(plan) if by_step else epoch]
         self.learner.begin_epoch(epoch, learning_rate=first_rate, view_key=view_key, again=first > 0)
-        stream = self.samples.images.stream(shares, view_key)
-        steps = zip(range(first, len(plan)), plan[first:], shares, stream, strict=True)
+        batches = self.shown(shares, view_key) if self.encoded is None else self.encoded.shown(shares, view_key)
+        steps = zip(range(first, len(plan)), plan[first:], shares, profiled("data", batches), strict=True)
         with self.signals.deferred():
-            for step, (some, _), (own, own_views), pixels in steps:
+            for step, (some, _), own, batch in steps:
                 set_learning_rate(self.optimizer, rates[epoch * len(plan) + step if by_step else epoch])
-                where = own.to(self.precision.device), own_views.to(self.precision.device)
-                noise = SampleNoise(key, *where)
-                batch = self.batch(SampleNoise(view_key, *where), own, pixels)
+                noise = SampleNoise(key, *(part.to(self.precision.device) for part in own))
                 if world_size() > 1:
                     batch = self.with_labels_of_all(batch, some)
                 losses = self.step(phase, batch, noise, (key, epoch, step), len(some))
@@ -342,6 +352,7 @@ class Engine:
                 if self.progress.wants_losses():
                     shown = {name: float(loss.detach()) for name, loss in losses.items()}
                 self.progress.step(epoch, step, shown, len(some))
+                self.profile.step()
                 stopping = self.signals.pending is not None and not self.signals.patient
                 if stopping or (step + 1 < len(plan) and self.is_due()):
                     self.check_finite(phase)
@@ -446,7 +457,7 @@ class Engine:
             alone = self.model.no_sync()
         before = [(buffer, buffer.clone()) for buffer in self.learner.buffers()] if phase.recipe.skip_nonfinite else []
         with seeded(key, step), sample_noise(noise), distributed.sharing(num_all), alone:
-            with self.precision.autocast():
+            with self.precision.autocast(), record_function("forward"):
                 if step == 0 and epoch == 0 and (line := self.learner.notice(batch)):
                     self.progress.say(line)
                 losses: dict[str, Tensor] = self.model(batch)
@@ -460,6 +471,24 @@ class Engine:
                 self.epoch.skipped += 1
                 return {}
         return losses
+
+    def shown(self, shares: list[tuple[Tensor, Tensor]], view_key: int) -> Iterator[Batch]:
+        """This process's share of one batch after another: ids and views of `shares`."""
+        device = self.precision.device
+        for (ids, views), pixels in zip(shares, self.samples.images.stream(shares, view_key), strict=True):
+            yield self.batch(SampleNoise(view_key, ids.to(device), views.to(device)), ids, pixels)
+
+    def encode(self, stage: Stage, number: int, phase: Phase, ids: Tensor) -> Encoded | None:
+        """What the frozen part of a network makes of the samples of a phase that shows the same views again."""
+        if phase.views is None:
+            return None
+        reader = replace(self.reader, precision=self.precision)
+        keys = [self.batches.view_key(stage, number, phase, epoch) for epoch in range(phase.recipe.epochs)]
+        found = {
+            key: reader.answers(self.learner, self.learner.encode, self.samples.images, ids, key)
+            for key in dict.fromkeys(keys)
+        }
+        return Encoded(found, ids, self.samples.labels.to(self.precision.device))
 
     def batch(self, noise: SampleNoise, ids: Tensor, pixels: Tensor) -> Batch:
         """The augmented images of some samples."""

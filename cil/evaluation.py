@@ -158,11 +158,25 @@ class Reader:
 
         Every process reads a share and gets all of them.
         """
+        return full_precision(self.answers(learner, learner.embed, images, ids, noise_key)).cpu()
+
+    def answers(
+        self,
+        learner: Learner,
+        answer: Callable[[Tensor], Tensor],
+        images: Images,
+        ids: Int[Tensor, " samples"],
+        noise_key: int | None = None,
+    ) -> Float[Tensor, "samples ..."]:
+        """What `answer` makes of images, as `features` shows them, with `learner` in evaluation; in its number format.
+
+        Every process reads a share and gets all of them.
+        """
         learner.eval()
         divided = len(ids) >= world_size()
         own = share(ids) if divided else ids
-        found = torch.cat([full_precision(part) for _, part in self._run(learner.embed, images, own, noise_key)])
-        return (gather(found) if divided else found).cpu()
+        found = torch.cat([part for _, part in self._run(answer, images, own, noise_key)])
+        return gather(full_precision(found)).to(found.dtype) if divided and world_size() > 1 else found
 
 
 def nearest_to(means: Float[Tensor, "classes width"], learner: Learner) -> Callable[[Tensor], Tensor]:

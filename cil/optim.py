@@ -226,8 +226,13 @@ class Recipe(BaseModel):
         return self.changed(**own) if index == 0 and own else self
 
 
-def make_optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+def make_optimizer(module: nn.Module, recipe: Recipe, *, fused: bool = True) -> torch.optim.Optimizer:
     """An optimiser over the parameters of `module` that take gradients.
+
+    Args:
+        module: What it trains.
+        recipe: Which optimiser, and its parameters.
+        fused: One kernel for all parameters, where the optimiser has one.
 
     Raises:
         ValueError: If none does.
@@ -246,7 +251,7 @@ def make_optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     if recipe.optimizer == "sgd":  # which timm would give Nesterov's momentum
         given["nesterov"] = recipe.nesterov
     if recipe.optimizer in _FUSED:
-        given["fused"] = True
+        given["fused"] = fused
     optimizer: torch.optim.Optimizer = create_optimizer_v2(
         module,
         opt=recipe.optimizer,

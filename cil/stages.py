@@ -69,6 +69,8 @@ class Phase:
         frozen_in_eval: Hold the frozen modules in evaluation mode (BatchNorm statistics, drop path).
         set_apart: Divides the source, for a phase that trains on a part of it.
         loader_batch_size: Batch size of the loader where it differs from the one the learning rate is scaled by.
+        views: Show the same so many augmented views of every sample again and again, one an epoch, as what
+            `Learner.encode` makes of them, computed once; None draws new ones.
     """
 
     name: str
@@ -78,6 +80,7 @@ class Phase:
     frozen_in_eval: bool = True
     set_apart: SetApart | None = None
     loader_batch_size: int | None = None
+    views: int | None = None
 
     @property
     def batch_size(self) -> int:

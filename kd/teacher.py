@@ -37,7 +37,7 @@ class Frozen(nn.Module):
         """What the held network says."""
         if self.keep_graph:
             images = images.detach().requires_grad_()  # the parameters are frozen: a graph has to begin at the images
-        with torch.set_grad_enabled(self.keep_graph):
+        with torch.set_grad_enabled(self.keep_graph), torch.profiler.record_function("teacher"):
             outputs: Outputs = self.network(images)
         return outputs
 

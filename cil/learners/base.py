@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from cil.models.network import Network
 from cil.optim import Recipe
@@ -182,18 +183,22 @@ class Learner(nn.Module):
             terms = self.distillation.weights if self.distillation is not None else {}
             kd = [loss for name, loss in losses.items() if name in terms]
             task = [loss for name, loss in losses.items() if name not in terms]
-            optimizer.backward(scaler.scale(total(task)), scaler.scale(total(kd)) if kd else None)
-            scaler.step(optimizer, max_norm=clip_norm)
-            scaler.update()
+            with record_function("backward"):
+                optimizer.backward(scaler.scale(total(task)), scaler.scale(total(kd)) if kd else None)
+            with record_function("optimiser"):
+                scaler.step(optimizer, max_norm=clip_norm)
+                scaler.update()
             return
-        loss: Tensor = scaler.scale(total(losses.values()))
-        loss.backward()  # type: ignore[no-untyped-call]
-        if clip_norm is not None:
-            scaler.unscale_(optimizer)
-            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            nn.utils.clip_grad_norm_(parameters, clip_norm)
-        scaler.step(optimizer)
-        scaler.update()
+        with record_function("backward"):
+            loss: Tensor = scaler.scale(total(losses.values()))
+            loss.backward()  # type: ignore[no-untyped-call]
+        with record_function("optimiser"):
+            if clip_norm is not None:
+                scaler.unscale_(optimizer)
+                parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+                nn.utils.clip_grad_norm_(parameters, clip_norm)
+            scaler.step(optimizer)
+            scaler.update()
 
     def end_stage(self, stage: Stage) -> None:
         """After the phases and the choice of exemplars: weight aligning, bias correction."""
@@ -215,6 +220,10 @@ class Learner(nn.Module):
         if outputs.embedding is None:
             raise ValueError(f"{type(self.network).__name__} gives no embedding to choose exemplars by")
         return outputs.embedding
+
+    def encode(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch dim rows columns"]:
+        """What the frozen part of the network makes of images; `forward` is given it in phases with `views`."""
+        raise NotImplementedError(f"{type(self).__name__} does not say which part of its network can be read once")
 
     def speakers(self) -> list[Network]:
         """The networks that are asked about training images; several processes put together what these say."""

@@ -3,12 +3,13 @@
 import inspect
 from typing import Annotated, Any
 
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
 from cil.learners.base import Learner, learners
 from cil.learners.dkt_losses import Reduction, dkt_losses
-from cil.learners.finetuning import Epochs, balanced_finetuning, per_task
+from cil.learners.finetuning import Epochs, balanced_finetuning, check_views, per_task
 from cil.models.dkt import DKTNetwork
 from cil.models.network import Network
 from cil.stages import Phase, Stage
@@ -43,6 +44,8 @@ class DKT(Learner):
         finetune_drop_last: The release drops the tail, which is the newest classes (R4b).
         finetune_frozen_in_eval: Hold frozen layers in evaluation mode; in the release their BatchNorm statistics move
             on and their drop path stays on (R6).
+        finetune_views: A variant of this project, for speed: fine-tuning shows so many fixed augmented views of every
+            exemplar, in turn, and the frozen encoder reads each once; null draws new views, as published.
         finetune_general_token: Train the general token too, as the release does (R7).
         incremental_batch_size: Batch size from the second task on; null keeps the recipe's.
         late_batch_override: Scale the rate by `incremental_batch_size` but load batches of the recipe's size (R12).
@@ -67,6 +70,7 @@ class DKT(Learner):
         finetune_shuffle: bool = True,
         finetune_drop_last: bool = False,
         finetune_frozen_in_eval: bool = True,
+        finetune_views: Annotated[int, Field(gt=0)] | None = None,
         finetune_general_token: bool = False,
         incremental_batch_size: Annotated[int, Field(gt=1)] | None = None,
         late_batch_override: bool = False,
@@ -79,6 +83,11 @@ class DKT(Learner):
             )
         if late_batch_override and incremental_batch_size is None:
             raise ValueError("learner.late_batch_override has no effect without learner.incremental_batch_size")
+        if finetune_general_token and finetune_views is not None:
+            raise ValueError(
+                "learner.finetune_views keeps what the encoder says, of which the general token is a part: it does not "
+                "go with learner.finetune_general_token=true"
+            )
         if finetune_general_token and network.token_pool.general_token is None:
             raise ValueError("learner.finetune_general_token has no effect with model.general_token=false")
         self.network: DKTNetwork = network
@@ -91,6 +100,8 @@ class DKT(Learner):
         self.finetune_shuffle = finetune_shuffle
         self.finetune_drop_last = finetune_drop_last
         self.finetune_frozen_in_eval = finetune_frozen_in_eval
+        self.finetune_views = finetune_views
+        check_views(finetune_views, frozen_in_eval=finetune_frozen_in_eval, epochs=self.finetune_epochs)
         self.finetune_general_token = finetune_general_token
         self.incremental_batch_size = incremental_batch_size
         self.late_batch_override = late_batch_override
@@ -128,14 +139,17 @@ class DKT(Learner):
             drop_last=self.finetune_drop_last,
             frozen=[network.encoder, *pool.task_tokens, *general_token],
             frozen_in_eval=self.finetune_frozen_in_eval,
+            views=self.finetune_views,
         )
         return [main, *finetuning]
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The weighted terms `bce`, the distillation terms by name and `separation`; fine-tuning has `bce` alone."""
-        student = said(self.network, batch)
         finetuning = self.phase is not None and self.phase.source == "memory"
+        # the teacher first: what it needs on the way is free again before the student keeps anything
         teacher = said(self.teacher, batch) if self.teacher is not None and not finetuning else None
+        encoded = self.phase is not None and self.phase.views is not None
+        student = self.network(batch.images, encoded=True) if encoded else said(self.network, batch)
         return dkt_losses(
             student,
             teacher,
@@ -145,6 +159,10 @@ class DKT(Learner):
             base_weight=self.base_weight,
             base_reduction=self.base_reduction,
         )
+
+    def encode(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch dim rows columns"]:
+        """The patches behind the encoder, which rests in fine-tuning."""
+        return self.network.encode(images)
 
 
 #: The switches as the release has them (docs/method.md).

@@ -2,13 +2,14 @@
 
 from typing import Annotated
 
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
 from cil.learners.base import Learner, learners
 from cil.learners.dkt_losses import Reduction
 from cil.learners.dytox_losses import dytox_losses
-from cil.learners.finetuning import Epochs, balanced_finetuning, per_task
+from cil.learners.finetuning import Epochs, balanced_finetuning, check_views, per_task
 from cil.models.dytox import DyToxNetwork
 from cil.models.network import Network
 from cil.stages import Phase, Stage
@@ -42,6 +43,8 @@ class DyTox(Learner):
         finetune_shuffle: The release, like that of DKT, reads the memory in class order (R4a of DKT).
         finetune_drop_last: It drops the tail, which is the newest classes (R4b).
         finetune_frozen_in_eval: Hold the frozen encoder in evaluation mode; in the release its drop path stays on (R6).
+        finetune_views: A variant of this project, for speed: fine-tuning shows so many fixed augmented views of every
+            exemplar, in turn, and the frozen encoder reads each once; null draws new views, as published.
         finetune_task_tokens: Train all task tokens in fine-tuning too, as all classifiers are; DKT freezes them.
 
     Raises:
@@ -63,6 +66,7 @@ class DyTox(Learner):
         finetune_shuffle: bool = True,
         finetune_drop_last: bool = False,
         finetune_frozen_in_eval: bool = True,
+        finetune_views: Annotated[int, Field(gt=0)] | None = None,
         finetune_task_tokens: bool = True,
     ) -> None:
         super().__init__(network, distillation)
@@ -80,6 +84,8 @@ class DyTox(Learner):
         self.finetune_shuffle = finetune_shuffle
         self.finetune_drop_last = finetune_drop_last
         self.finetune_frozen_in_eval = finetune_frozen_in_eval
+        self.finetune_views = finetune_views
+        check_views(finetune_views, frozen_in_eval=finetune_frozen_in_eval, epochs=self.finetune_epochs)
         self.finetune_task_tokens = finetune_task_tokens
 
     def phases(self, stage: Stage) -> list[Phase]:
@@ -107,12 +113,14 @@ class DyTox(Learner):
             drop_last=self.finetune_drop_last,
             frozen=[network.patch_embedding, network.position, network.encoder, *tokens, *idle],
             frozen_in_eval=self.finetune_frozen_in_eval,
+            views=self.finetune_views,
         )
         return [main, *finetuning]
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The weighted terms `bce`, the distillation terms by name and `divergence`; fine-tuning has `bce` alone."""
-        student = said(self.network, batch)
+        encoded = self.phase is not None and self.phase.views is not None
+        student = self.network(batch.images, encoded=True) if encoded else said(self.network, batch)
         teacher, divergence = None, None
         if self.phase is None or self.phase.source != "memory":
             teacher = said(self.teacher, batch) if self.teacher is not None and self.learns_from_old else None
@@ -128,3 +136,7 @@ class DyTox(Learner):
             divergence_weight=self.divergence,
             base_reduction=self.base_reduction,
         )
+
+    def encode(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch dim rows columns"]:
+        """The patches behind the encoder, which rests in fine-tuning."""
+        return self.network.encode(images)

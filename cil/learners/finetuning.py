@@ -35,6 +35,7 @@ def balanced_finetuning(
     drop_last: bool,
     frozen: Sequence[nn.Module | nn.Parameter],
     frozen_in_eval: bool,
+    views: int | None,
 ) -> list[Phase]:
     """Training at a constant rate on the memory alone, which holds as many samples of every class seen.
 
@@ -48,6 +49,7 @@ def balanced_finetuning(
         drop_last: Whether a last batch that is not full is left out.
         frozen: See `Phase`.
         frozen_in_eval: See `Phase`.
+        views: See `Phase`.
 
     Returns:
         The phase; nothing without memory or epochs.
@@ -63,4 +65,19 @@ def balanced_finetuning(
         schedule=Schedule(name="constant").model_dump(),
         sampling={"shuffle": shuffle, "drop_last": drop_last},
     )
-    return [Phase("finetuning", "memory", own, frozen=frozen, frozen_in_eval=frozen_in_eval)]
+    return [Phase("finetuning", "memory", own, frozen=frozen, frozen_in_eval=frozen_in_eval, views=views)]
+
+
+def check_views(views: int | None, *, frozen_in_eval: bool, epochs: list[int]) -> None:
+    """Whether fine-tuning can read what the encoder made once.
+
+    Raises:
+        ValueError: If the encoder does not rest, or there is no fine-tuning.
+    """
+    if views is not None and not frozen_in_eval:
+        raise ValueError(
+            "learner.finetune_views keeps what the frozen encoder says, which changes from step to step with "
+            "learner.finetune_frozen_in_eval=false: set it to true, or finetune_views=null"
+        )
+    if views is not None and not any(epochs):
+        raise ValueError("learner.finetune_views has no effect with learner.finetune_epochs=0")

@@ -8,6 +8,7 @@ classes, plasticity for the newest. There is no positional embedding: the depthw
 Shapes in the names of axes: b batch, n patches, t task tokens, d width, h and w of the grid of patches.
 """
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import torch
@@ -17,6 +18,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
+from cil.models.activations import gelu, norm_gelu
 from cil.models.heads import Classifier, PlasticityClassifier, StabilityClassifier
 from cil.models.network import InputShape, models
 from cil.models.noise import DropPath
@@ -82,6 +84,9 @@ class BeforeNorm(nn.Module):
     """
 
     still_biases = True
+    #: See `cil.fast.Fast`: the maps in channels-last memory, and what norm and GELU make of them kept or not.
+    channels_last = True
+    recompute = False
 
     def bias(self, layer: nn.Conv2d | nn.LayerNorm, norm: nn.BatchNorm2d) -> Tensor:
         """The bias of `layer`, behind which `norm` stands."""
@@ -93,7 +98,12 @@ class BeforeNorm(nn.Module):
         self, x: Float[Tensor, "batch channels rows columns"], layer: nn.Conv2d, norm: nn.BatchNorm2d
     ) -> Tensor:
         """What `layer` and then `norm` make of a map."""
-        maps: Tensor = norm(layer._conv_forward(x, layer.weight, self.bias(layer, norm)))
+        maps: Tensor = norm(self.linear(x, layer, norm))
+        return maps
+
+    def linear(self, x: Float[Tensor, "batch channels rows columns"], layer: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
+        """What `layer` alone makes of a map, with the bias that `norm` behind it leaves."""
+        maps: Tensor = layer._conv_forward(x, layer.weight, self.bias(layer, norm))
         return maps
 
 
@@ -152,7 +162,8 @@ class ConvPatchEmbedding(BeforeNorm):
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> tuple[Tokens, Grid]:
         """The tokens, row by row, and their grid."""
         grid = self.grid(*images.shape[2:])
-        images = images.contiguous(memory_format=torch.channels_last)
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
         patches = self.project(self.pool(self.convolved(images, self.stem, self.norm)))
         return rearrange(patches, "b d h w -> b (h w) d").contiguous(), grid
 
@@ -191,11 +202,6 @@ class Attention(nn.Module):
         return torch.softmax(q * q.shape[-1] ** -0.5 @ k.mT, dim=-1)
 
 
-def gelu(x: Float[Tensor, "batch channels rows columns"]) -> Float[Tensor, "batch channels rows columns"]:
-    """GELU of a map in channels-last memory, read in the order of memory: half the time of torch's on a CPU."""
-    return rearrange(F.gelu(rearrange(x, "b d h w -> b h w d")), "b h w d -> b d h w")
-
-
 class ConvMLP(BeforeNorm):
     """Two 1x1 convolutions around a 3x3 depthwise one on the grid of patches, each with BatchNorm.
 
@@ -218,10 +224,21 @@ class ConvMLP(BeforeNorm):
         height, width = grid
         # both rearrangements are views: tokens are a map in channels-last memory
         x = rearrange(tokens, "b (h w) d -> b d h w", h=height, w=width)
-        x = gelu(self.convolved(x, self.expand, self.bn1))
-        x = gelu(self.convolved(x, self.depthwise, self.bn2))
-        tokens = rearrange(self.convolved(x, self.reduce, self.bn3), "b d h w -> b (h w) d")
+        if not self.channels_last:
+            x = x.contiguous()
+        x = self.linear(x, self.expand, self.bn1)
+        x = self.activated(x, self.bn1, lambda x: self.linear(x, self.depthwise, self.bn2))
+        x = self.activated(x, self.bn2, lambda x: self.linear(x, self.reduce, self.bn3))
+        tokens = rearrange(self.bn3(x), "b d h w -> b (h w) d")
         return tokens
+
+    def activated(
+        self, x: Float[Tensor, "batch channels rows columns"], norm: nn.BatchNorm2d, then: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """What `norm`, GELU and a convolution, `then`, make of a map."""
+        if self.recompute and norm.training and torch.is_grad_enabled() and type(norm) is nn.BatchNorm2d:
+            return norm_gelu(x, norm, then)
+        return then(gelu(norm(x)))
 
 
 class Block(BeforeNorm):
@@ -461,16 +478,28 @@ class DKTNetwork(PatchNetwork):
 
     def attention(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch rows columns"]:
         """How much the newest task token looks at each patch in the SKAB, mean over the heads."""
-        patches = self.encoder(images, self.token_pool.general_token)
+        patches = rearrange(maps := self.encode(images), "b d h w -> b (h w) d")
         tokens = self.token_pool.newest_first(len(images))
         looks = self.skab.looks(tokens if self.old_tokens else tokens[:, :1], patches)
-        rows, _ = self.encoder.patch_embedding.grid(*images.shape[2:])
-        return rearrange(looks, "b (h w) -> b h w", h=rows)
+        return rearrange(looks, "b (h w) -> b h w", h=maps.shape[2])
 
-    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Outputs:
-        """Scores of all classes so far, the decoder's answer as the embedding, and what is exposed."""
-        maps = self.listen()
-        patches = self.encoder(images, self.token_pool.general_token, maps)
+    def encode(
+        self, images: Float[Tensor, "batch channels height width"], maps: PatchMaps | None = None
+    ) -> Float[Tensor, "batch dim rows columns"]:
+        """The patches behind the encoder; `maps` collects what is exposed."""
+        rows, _ = self.encoder.patch_embedding.grid(*images.shape[2:])
+        patches: Tensor = self.encoder(images, self.token_pool.general_token, maps)
+        return rearrange(patches, "b (h w) d -> b d h w", h=rows)
+
+    def forward(self, images: Float[Tensor, "batch channels height width"], *, encoded: bool = False) -> Outputs:
+        """Scores of all classes so far, the decoder's answer as the embedding, and what is exposed.
+
+        Args:
+            images: The images.
+            encoded: Whether they are what `encode` made of images; nothing is exposed then.
+        """
+        maps = None if encoded else self.listen()
+        patches = rearrange(images if encoded else self.encode(images, maps), "b d h w -> b (h w) d")
         tokens = self.token_pool.newest_first(images.shape[0])
         z = self.skab(tokens if self.old_tokens else tokens[:, :1], patches)
         taps = {} if maps is None else maps.taps(self.classifiers())

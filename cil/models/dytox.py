@@ -288,18 +288,19 @@ class DyToxNetwork(PatchNetwork):
 
     def encode(
         self, images: Float[Tensor, "batch channels height width"], maps: PatchMaps | None = None
-    ) -> Float[Tensor, "batch patches dim"]:
-        """The encoded patches; `maps` collects what is exposed."""
+    ) -> Float[Tensor, "batch dim rows columns"]:
+        """The patches behind the encoder; `maps` collects what is exposed."""
         cut = self.patch_embedding(images)
         patches: Tensor = rearrange(cut, "b d h w -> b (h w) d") + self.position
         for i, block in enumerate(self.encoder):
             patches = block(patches, self.positions)
             if maps is not None:
                 patches = maps.pass_on(i, patches, (cut.shape[2], cut.shape[3]))
-        return patches
+        return rearrange(patches, "b (h w) d -> b d h w", h=cut.shape[2])
 
-    def decode(self, patches: Float[Tensor, "batch patches width"]) -> Float[Tensor, "batch tasks width"]:
-        """The answers to all task tokens."""
+    def decode(self, maps: Float[Tensor, "batch width rows columns"]) -> Float[Tensor, "batch tasks width"]:
+        """The answers to all task tokens, from what `encode` made of images."""
+        patches = rearrange(maps, "b d h w -> b (h w) d")
         tasks = torch.cat(list(self.task_tokens), dim=1)
         for block in self.decoder:
             tasks = block(tasks, patches)
@@ -311,21 +312,27 @@ class DyToxNetwork(PatchNetwork):
 
     def attention(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch rows columns"]:
         """How much the newest task token looks at each patch in the last decoder block, mean over the heads."""
-        patches, tasks = self.encode(images), torch.cat(list(self.task_tokens), dim=1)
+        maps, tasks = self.encode(images), torch.cat(list(self.task_tokens), dim=1)
+        patches = rearrange(maps, "b d h w -> b (h w) d")
         *before, last = self.decoder
         for block in before:
             tasks = block(tasks, patches)
         assert isinstance(last, DecoderBlock)
         looks = last.attention.looks(last.norm1(tasks), last.norm1(patches))[:, -1]
-        return rearrange(looks, "b (h w) -> b h w", h=images.shape[2] // self.patch_embedding.kernel_size[0])
+        return rearrange(looks, "b (h w) -> b h w", h=maps.shape[2])
 
     def classify(self, answers: Float[Tensor, "batch tasks width"]) -> Float[Tensor, "batch classes"]:
         """Scores of all classes, in the order in which they were learned."""
         return torch.cat([head(own) for head, own in zip(self.heads, answers.unbind(dim=1), strict=True)], dim=1)
 
-    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Outputs:
-        """Scores of all classes so far, the answer to the newest task token, and what is exposed."""
-        maps = self.listen()
-        answers = self.decode(self.encode(images, maps))
+    def forward(self, images: Float[Tensor, "batch channels height width"], *, encoded: bool = False) -> Outputs:
+        """Scores of all classes so far, the answer to the newest task token, and what is exposed.
+
+        Args:
+            images: The images.
+            encoded: Whether they are what `encode` made of images; nothing is exposed then.
+        """
+        maps = None if encoded else self.listen()
+        answers = self.decode(images if encoded else self.encode(images, maps))
         taps = {} if maps is None else maps.taps(self.classifiers())
         return Outputs(self.classify(answers), embedding=answers[:, -1], taps=taps)

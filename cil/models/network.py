@@ -64,6 +64,8 @@ class Network(nn.Module):
         #: Names of the taps that `forward` adds to what it says; see `expose`.
         self.exposed: tuple[str, ...] = ()
 
+    #: Whether maps lie in channels-last memory (`cil.fast`).
+    channels_last = True
     #: Names under which parameters begin anew with every task, and inherit nothing from those of the same name before.
     fresh_parts: tuple[str, ...] = ()
 
@@ -182,7 +184,8 @@ class BackboneNetwork(Network):
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Outputs:
         """Scores of all classes so far, the embedding before the head, and what is exposed."""
-        images = images.contiguous(memory_format=torch.channels_last)  # convolutions are faster on it, twice in bf16
+        if self.channels_last:  # convolutions are faster on it, twice in bf16
+            images = images.contiguous(memory_format=torch.channels_last)
         if not self.exposed:
             embedding = self.backbone(images)
             return Outputs(self.head(embedding), embedding)

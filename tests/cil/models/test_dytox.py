@@ -35,7 +35,8 @@ def test_every_task_has_a_token_a_classifier_and_an_answer():
 def test_decoding_all_tasks_at_once_is_decoding_each_alone_over_one_sequence(decoder_depth):
     """As published: a pass for each task over [token, patches], in which the token asks, layer by layer."""
     network = tiny(2, 2, 2, decoder_depth=decoder_depth).double().eval()
-    patches = network.encode(images().double())
+    maps = network.encode(images().double())
+    patches = rearrange(maps, "b d h w -> b (h w) d")
     expected = []
     for token in network.task_tokens:
         answer = repeat(token, "1 1 d -> b 1 d", b=len(patches))
@@ -53,16 +54,16 @@ def test_decoding_all_tasks_at_once_is_decoding_each_alone_over_one_sequence(dec
             answer = answer + block.attention.proj(asked)
             answer = answer + block.mlp(block.norm2(answer))
         expected.append(answer)
-    torch.testing.assert_close(network.decode(patches), torch.cat(expected, dim=1), rtol=0, atol=1e-12)
+    torch.testing.assert_close(network.decode(maps), torch.cat(expected, dim=1), rtol=0, atol=1e-12)
 
 
 def test_no_task_token_sees_another():
     network = tiny(2, 2, 2, decoder_depth=2).eval()
-    patches = network.encode(images())
-    before = network.decode(patches)
+    maps = network.encode(images())
+    before = network.decode(maps)
     with torch.no_grad():
         network.task_tokens[1].add_(1 + torch.arange(24))
-    after = network.decode(patches)
+    after = network.decode(maps)
     assert torch.equal(after[:, [0, 2]], before[:, [0, 2]])
     assert (after[:, 1] - before[:, 1]).abs().max() > 1e-2
 

@@ -1,0 +1,61 @@
+"""What a row of `make bench` is, and how two ways to do one thing are compared."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Measured:
+    """One row: ours, what it is compared with, and how many times better ours is."""
+
+    value: float
+    unit: str
+    baseline: float
+    ratio: float
+
+
+rows: dict[str, Callable[[], Measured]] = {}
+
+
+def row(function: Callable[[], Measured]) -> Callable[[], Measured]:
+    """Decorator that enters a measurement under the name of its function."""
+    rows[function.__name__] = function
+    return function
+
+
+def seconds_of(*sides: Callable[[], object], repetitions: int) -> list[float]:
+    """Median seconds of functions that are called in turn, after one call each that does not count."""
+    taken: list[list[float]] = [[] for _ in sides]
+    for repetition in range(-1, repetitions):
+        for side, own in zip(sides, taken, strict=True):
+            start = time.perf_counter()
+            side()
+            if repetition >= 0:
+                own.append(time.perf_counter() - start)
+    return [statistics.median(own) for own in taken]
+
+
+def side_by_side(ours: Callable[[], object], baseline: Callable[[], object], repetitions: int = 15) -> Measured:
+    """Median milliseconds of two functions."""
+    value, other = (1000 * seconds for seconds in seconds_of(ours, baseline, repetitions=repetitions))
+    return Measured(value, "ms", other, other / value)
+
+
+def rate(images: int, ours: Callable[[], object], baseline: Callable[[], object], repetitions: int = 5) -> Measured:
+    """Images a second of two functions that read so many images a call."""
+    value, other = (images / seconds for seconds in seconds_of(ours, baseline, repetitions=repetitions))
+    return Measured(value, "images/s", other, value / other)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """So many threads of torch, for a block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,223 @@
+"""Rows of `make bench` about training: whole steps, fine-tuning, memory.
+
+The baseline of each is the plain form of the same code: `fast=off precision=fp32`, in the same run.
+"""
+
+import multiprocessing
+import resource
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.measuring import Measured, rate, row, seconds_of
+from cil.distillation import StaticDistillation
+from cil.fast import Fast
+from cil.learners.base import Learner, learners
+from cil.models.network import models
+from cil.optim import Recipe, make_optimizer
+from cil.precision import Precision, has_bf16
+from cil.stages import Phase, Stage
+from kd import Batch, WeightedSum, distillers
+
+_BATCH = 128
+_CLASSES = 2  # of a task: 50 tasks are 100 classes
+_GIGAFLOP = 4.89  # of an image: 2 x multiply-adds of 3 passes of the student and 1 of the teacher, width 384, CIFAR
+_MATRIX = 4096
+_PLAIN = Fast(channels_last=False, recompute=False, fused_optimizer=False)
+
+_RECIPE = Recipe(epochs=1)
+_CPU = torch.device("cpu")
+
+
+def _precision(plain: bool) -> Precision:
+    return Precision("fp32" if plain or not has_bf16(_CPU) else "bf16", _CPU)
+
+
+def _batch(size: int, classes: int) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(size, 3, 32, 32, generator=generator)
+    return Batch(images, torch.randint(classes, (size,), generator=generator), torch.arange(size))
+
+
+def _at_task(name: str, task: int, *, fast: Fast) -> tuple[Learner, list[Phase]]:
+    """A learner of that name in the middle of a task, counted from 1, and the phases of the task."""
+    torch.manual_seed(0)
+    method = "kd" if name == "dkt" else "dytox"
+    term = distillers["kd"](temperature=1.0)
+    learner = learners[name](models[name]((3, 32, 32)), WeightedSum({method: (1.0, term)}))
+    for index in range(task):
+        stage = Stage(index, range(_CLASSES * index, _CLASSES * (index + 1)), _RECIPE, has_memory=True)
+        if index == task - 1:
+            learner.begin_stage(stage)
+        else:
+            learner.network.grow(_CLASSES)
+    fast.apply(learner)
+    learner.train()
+    phases = learner.phases(stage)
+    for item in phases[0].frozen:
+        item.requires_grad_(False)
+    return learner, phases
+
+
+def _step(
+    learner: Learner, batch: Batch, precision: Precision, fast: Fast, recipe: Recipe = _RECIPE
+) -> Callable[[], None]:
+    optimizer = make_optimizer(learner, recipe, fused=fast.fused_optimizer)
+    scaler = precision.scaler()
+
+    def step() -> None:
+        with precision.autocast():
+            losses: dict[str, Tensor] = learner(batch)
+        learner.update(losses, optimizer, scaler, None)
+
+    return step
+
+
+def _task_step(name: str, task: int, *, plain: bool, precision: Precision | None = None) -> Callable[[], None]:
+    fast = _PLAIN if plain else Fast()
+    learner, _ = _at_task(name, task, fast=fast)
+    return _step(learner, _batch(_BATCH, _CLASSES * task), precision or _precision(plain), fast)
+
+
+def _step_row(name: str, task: int) -> Measured:
+    ours, plain = (_task_step(name, task, plain=plain) for plain in (False, True))
+    return rate(_BATCH, ours, plain, repetitions=3)
+
+
+@row
+def dkt_step_02() -> Measured:
+    """A step of DKT at task 2: frozen teacher, forward, losses, backward, AdamW; CIFAR form, batches of 128."""
+    return _step_row("dkt", 2)
+
+
+@row
+def dkt_step_10() -> Measured:
+    """The same at task 10."""
+    return _step_row("dkt", 10)
+
+
+@row
+def dkt_step_20() -> Measured:
+    """The same at task 20."""
+    return _step_row("dkt", 20)
+
+
+@row
+def dkt_step_50() -> Measured:
+    """The same at task 50."""
+    return _step_row("dkt", 50)
+
+
+@row
+def dkt_step_fp32() -> Measured:
+    """A step of DKT in fp32 on the fast paths, beside the plain ones."""
+    ours = _task_step("dkt", 2, plain=False, precision=Precision("fp32", _CPU))
+    return rate(_BATCH, ours, _task_step("dkt", 2, plain=True), repetitions=3)
+
+
+@row
+def dkt_step_utilisation() -> Measured:
+    """Arithmetic of a step as a share of what large bf16 matrix products reach, in the same turns."""
+    a, b = (torch.randn(_MATRIX, _MATRIX).bfloat16() for _ in range(2))
+    sides = [_task_step("dkt", 2, plain=plain) for plain in (False, True)]
+    ours, plain, product = seconds_of(*sides, lambda: a @ b, repetitions=3)
+    peak = 2 * _MATRIX**3 / product / 1e9
+    value, baseline = (_GIGAFLOP * _BATCH / seconds / peak for seconds in (ours, plain))
+    return Measured(value, "of peak", baseline, value / baseline)
+
+
+@row
+def dkt_step_growth() -> Measured:
+    """A step at task 50 beside one at task 2."""
+    ours, first = (_task_step("dkt", task, plain=False) for task in (50, 2))
+    fifty, two = seconds_of(ours, first, repetitions=5)
+    return Measured(1000 * fifty, "ms", 1000 * two, two / fifty)
+
+
+def _peak(plain: bool) -> float:
+    step = _task_step("dkt", 2, plain=plain)
+    for _ in range(2):
+        step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+@row
+def dkt_step_memory() -> Measured:
+    """Resident memory of a process at its peak, in two steps of DKT; everything else in it counts too."""
+    found = []
+    for plain in (False, True):  # each in a process of its own
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            found.append(pool.submit(_peak, plain).result())
+    value, baseline = found
+    return Measured(value, "MiB", baseline, baseline / value)
+
+
+@row
+def finetuning_views() -> Measured:
+    """Ten epochs of fine-tuning of DKT on 256 exemplars, with one view of each read once; plain: read ten times."""
+    batches = [_batch(_BATCH, 4) for _ in range(2)]
+    epochs, sides = 10, []
+    for plain in (False, True):
+        fast, precision = _PLAIN if plain else Fast(), _precision(plain)
+        learner, (_, phase) = _at_task("dkt", 2, fast=fast)
+        sides.append(_finetuning(learner, phase, batches, precision, fast, epochs, views=not plain))
+    return rate(epochs * 2 * _BATCH, *sides, repetitions=3)
+
+
+def _finetuning(
+    learner: Learner, phase: Phase, batches: list[Batch], precision: Precision, fast: Fast, epochs: int, *, views: bool
+) -> Callable[[], None]:
+    learner.phase = replace(phase, views=1 if views else None)
+    for item in phase.frozen:
+        item.requires_grad_(False)
+        if isinstance(item, nn.Module):
+            item.eval()
+
+    def run() -> None:
+        shown = batches
+        if views:
+            with torch.no_grad(), precision.autocast():
+                shown = [Batch(learner.encode(batch.images), batch.labels, batch.ids) for batch in batches]
+        for step in [_step(learner, batch, precision, fast) for batch in shown] * epochs:
+            step()
+
+    return run
+
+
+@row
+def dytox_step_02() -> Measured:
+    """A step of DyTox at task 2, batches of 128."""
+    return _step_row("dytox", 2)
+
+
+@row
+def dytox_step_10() -> Measured:
+    """The same at task 10."""
+    return _step_row("dytox", 10)
+
+
+@row
+def dytox_step_20() -> Measured:
+    """The same at task 20."""
+    return _step_row("dytox", 20)
+
+
+@row
+def static_step() -> Measured:
+    """ResNet-32x4 teaches ResNet-8x4 by KD, batches of 64, SGD with momentum."""
+    wide = {"width": 64, "stem_width": 32, "shortcut": "conv"}
+    batch, recipe = _batch(64, 100), Recipe(optimizer="sgd", lr=0.05, momentum=0.9)
+    sides = []
+    for plain in (False, True):
+        fast = _PLAIN if plain else Fast()
+        student, teacher = (models["resnet_cifar"]((3, 32, 32), depth=depth, **wide) for depth in (8, 32))
+        teacher.grow(100)
+        terms = WeightedSum({"kd": (0.9, distillers["kd"](temperature=4.0))})
+        learner = StaticDistillation(student, lambda _, s=student: s, lambda t=terms: t, lambda _, t=teacher: t)
+        learner.begin_stage(Stage(0, range(100), recipe, has_memory=False))
+        fast.apply(learner)
+        sides.append(_step(learner.train(), batch, _precision(plain), fast, recipe))
+    return rate(64, *sides, repetitions=5)
