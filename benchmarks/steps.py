@@ -25,6 +25,8 @@ from kd import Batch, WeightedSum, distillers
 _BATCH = 128
 _CLASSES = 2  # of a task: 50 tasks are 100 classes
 _GIGAFLOP = 4.89  # of an image: 2 x multiply-adds of 3 passes of the student and 1 of the teacher, width 384, CIFAR
+_STATIC_BATCH = 64
+_STATIC_GIGAFLOP = 3.23  # the same of a ResNet-8x4 beside a ResNet-32x4
 _MATRIX = 4096
 _PLAIN = Fast(channels_last=False, recompute=False, fused_optimizer=False)
 
@@ -118,15 +120,19 @@ def dkt_step_fp32() -> Measured:
     return rate(_BATCH, ours, _task_step("dkt", 2, plain=True), repetitions=3)
 
 
-@row
-def dkt_step_utilisation() -> Measured:
-    """Arithmetic of a step as a share of what large bf16 matrix products reach, in the same turns."""
+def _utilisation(gigaflop: float, sides: list[Callable[[], None]]) -> Measured:
+    """Arithmetic of steps as a share of what large bf16 matrix products reach, in the same turns."""
     a, b = (torch.randn(_MATRIX, _MATRIX).bfloat16() for _ in range(2))
-    sides = [_task_step("dkt", 2, plain=plain) for plain in (False, True)]
     ours, plain, product = seconds_of(*sides, lambda: a @ b, repetitions=3)
     peak = 2 * _MATRIX**3 / product / 1e9
-    value, baseline = (_GIGAFLOP * _BATCH / seconds / peak for seconds in (ours, plain))
+    value, baseline = (gigaflop / seconds / peak for seconds in (ours, plain))
     return Measured(value, "of peak", baseline, value / baseline)
+
+
+@row
+def dkt_step_utilisation() -> Measured:
+    """A step of DKT: its arithmetic beside the rate of bf16 matrix products of 4096 x 4096."""
+    return _utilisation(_GIGAFLOP * _BATCH, [_task_step("dkt", 2, plain=plain) for plain in (False, True)])
 
 
 @row
@@ -139,14 +145,15 @@ def dkt_step_growth() -> Measured:
 
 def _peak(plain: bool) -> float:
     step = _task_step("dkt", 2, plain=plain)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(2):
         step()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
 @row
 def dkt_step_memory() -> Measured:
-    """Resident memory of a process at its peak, in two steps of DKT; everything else in it counts too."""
+    """What two steps of DKT add to the peak of the resident memory of a process that has built the networks."""
     found = []
     for plain in (False, True):  # each in a process of its own
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -205,11 +212,9 @@ def dytox_step_20() -> Measured:
     return _step_row("dytox", 20)
 
 
-@row
-def static_step() -> Measured:
-    """ResNet-32x4 teaches ResNet-8x4 by KD, batches of 64, SGD with momentum."""
+def _static_sides() -> list[Callable[[], None]]:
     wide = {"width": 64, "stem_width": 32, "shortcut": "conv"}
-    batch, recipe = _batch(64, 100), Recipe(optimizer="sgd", lr=0.05, momentum=0.9)
+    batch, recipe = _batch(_STATIC_BATCH, 100), Recipe(optimizer="sgd", lr=0.05, momentum=0.9)
     sides = []
     for plain in (False, True):
         fast = _PLAIN if plain else Fast()
@@ -220,4 +225,16 @@ def static_step() -> Measured:
         learner.begin_stage(Stage(0, range(100), recipe, has_memory=False))
         fast.apply(learner)
         sides.append(_step(learner.train(), batch, _precision(plain), fast, recipe))
-    return rate(64, *sides, repetitions=5)
+    return sides
+
+
+@row
+def static_step() -> Measured:
+    """ResNet-32x4 teaches ResNet-8x4 by KD, batches of 64, SGD with momentum."""
+    return rate(_STATIC_BATCH, *_static_sides(), repetitions=5)
+
+
+@row
+def static_step_utilisation() -> Measured:
+    """The same beside the rate of bf16 matrix products."""
+    return _utilisation(_STATIC_GIGAFLOP * _STATIC_BATCH, _static_sides())

@@ -1,7 +1,6 @@
 """Faster ways to compute the same thing: switches that change rounding and nothing else."""
 
 import itertools
-from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -16,8 +15,8 @@ class Fast(BaseModel):
         recompute: What BatchNorm and GELU make of a map is computed again for the gradient instead of kept: half of the
             memory of DKT's blocks for a few percent of the time.
         fused_optimizer: One kernel for all parameters, where the optimiser has one.
-        compile: `teacher` or `all`: the frozen network, or the trained one too, are compiled by torch.compile; null
-            compiles nothing. It takes half a minute and more at the beginning of every task.
+        compile_teacher: The frozen network is compiled by torch.compile, which takes half a minute and more at the
+            beginning of every task.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -25,15 +24,14 @@ class Fast(BaseModel):
     channels_last: bool = True
     recompute: bool = True
     fused_optimizer: bool = True
-    compile: Literal["teacher", "all"] | None = None
+    compile_teacher: bool = False
 
     def apply(self, learner: Learner) -> None:
         """Let the networks of a learner compute in this way, from now on."""
-        student, *teachers = learner.speakers()
+        _, *teachers = learner.speakers()
         for module in itertools.chain(learner.modules(), *(teacher.modules() for teacher in teachers)):
             for switch in ("channels_last", "recompute"):
                 if hasattr(module, switch):
                     setattr(module, switch, getattr(self, switch))
-        compiled = {None: [], "teacher": teachers, "all": [student, *teachers]}[self.compile]
-        for network in compiled:
-            network.compile()  # in place: names of parameters stay as they are, and so do saved states
+        for teacher in teachers if self.compile_teacher else ():
+            teacher.compile()  # in place: names of parameters stay as they are, and so do saved states

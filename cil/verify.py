@@ -37,6 +37,7 @@ _CIRCUMSTANCES = PLACE | {"seed", "data_seed", "device", "num_threads", "precisi
 _READING = (
     "checkpoint.",
     "evaluation.",
+    "fast.",
     "scenario.",
 )  # of the scenario the tasks are compared, not how they are written
 

@@ -236,6 +236,7 @@ class ConvMLP(BeforeNorm):
         self, x: Float[Tensor, "batch channels rows columns"], norm: nn.BatchNorm2d, then: Callable[[Tensor], Tensor]
     ) -> Tensor:
         """What `norm`, GELU and a convolution, `then`, make of a map."""
+        # statistics of several processes are another class
         if self.recompute and norm.training and torch.is_grad_enabled() and type(norm) is nn.BatchNorm2d:
             return norm_gelu(x, norm, then)
         return then(gelu(norm(x)))

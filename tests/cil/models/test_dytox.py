@@ -89,7 +89,7 @@ def test_the_cost_of_the_decoder_grows_with_the_tokens_and_not_with_the_patches_
             for _ in range(num_tasks):
                 network.grow(1)
             with FlopCounterMode(display=False) as counter, torch.no_grad():
-                network.decode(torch.zeros(1, 64, 384))
+                network.decode(torch.zeros(1, 384, 8, 8))
             counts.append(counter.get_total_flops() / 2e6)
     assert counts == pytest.approx([20.7, 37], rel=0.02)
 
