@@ -18,8 +18,8 @@ from unittest import mock
 
 from cil import checkpoint
 from cil.build import Run
+from cil.checking import check
 from cil.cli import compose
-from cil.config import check
 from cil.engine import Engine
 from cil.events import EventLog
 from cil.folder import open_folder

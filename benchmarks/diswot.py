@@ -18,10 +18,10 @@ from typing import Any
 from scipy.stats import kendalltau, spearmanr
 
 from cil.build import make_samples, make_transform, open_data
+from cil.checking import check
 from cil.checkpoint import write_atomically
 from cil.cli import compose
 from cil.cli import main as run
-from cil.config import check
 from cil.search import S1_CHOICES, Blocks, Search, SearchResult, StudentScore, code_of, search
 from cil.static import StaticRun
 from kd.search.diswot import Score

@@ -10,9 +10,10 @@ import json
 import sys
 from pathlib import Path
 
+from cil.checking import check
 from cil.cli import compose
 from cil.cli import main as run
-from cil.config import ConfigError, check
+from cil.config import ConfigError
 
 RESNET = ["model=resnet8", "model.width=8"]
 #: Learner to the network it is tried on, and what it needs in short runs.

@@ -13,10 +13,11 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from cil.checking import check
 from cil.checkpoint import write_atomically
 from cil.cli import compose
 from cil.cli import main as run
-from cil.config import ConfigError, check
+from cil.config import ConfigError
 from cil.report.comparison import Group, paired
 from cil.report.folders import RunFolder, is_run, read_run
 from cil.report.table import against_base, as_table

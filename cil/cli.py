@@ -247,7 +247,8 @@ def _main(arguments: list[str], program: str, config_name: str) -> int:
 
 
 def _run(overrides: list[str], show: bool, config_name: str) -> int:
-    from cil.config import ConfigError, check
+    from cil.checking import check
+    from cil.config import ConfigError
     from cil.sinks import missing
 
     try:

@@ -17,8 +17,9 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from cil.build import Run, Samples, make_transform
+from cil.checking import check
 from cil.cli import compose
-from cil.config import Config, check
+from cil.config import Config
 from cil.data import DataSet
 from cil.data.arrays import KeptImages
 from cil.data.base import colour_statistics

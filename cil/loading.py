@@ -17,7 +17,8 @@ from torch import Tensor
 
 from cil import checkpoint
 from cil.build import make_learner, make_network
-from cil.config import Config, ConfigError, Part, RunConfig, check
+from cil.checking import check
+from cil.config import Config, ConfigError, Part, RunConfig
 from cil.data import Transform, data_sets
 from cil.data.framing import Framing
 from cil.data.image_folder import ImageFolder

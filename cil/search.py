@@ -136,7 +136,8 @@ def code_of(blocks: Blocks) -> str:
 
 def student_part(blocks: Blocks) -> "Part":
     """A network of S1 as a part, whole with its defaults."""
-    from cil.config import Part, schema
+    from cil.checking import schema
+    from cil.config import Part
 
     values = {key: value for key, value in _FAMILY.items() if key != "name"} | {"blocks": list(blocks)}
     name = _FAMILY["name"]

@@ -17,8 +17,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
+from cil.checking import check
 from cil.checkpoint import write_json
-from cil.config import ConfigError, RunConfig, check
+from cil.config import ConfigError, RunConfig
 
 _OUTCOME = "outcome.json"
 #: Keys that a run's own name tells already.

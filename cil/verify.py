@@ -22,8 +22,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cil.checking import check
 from cil.cli import compose
-from cil.config import Config, check
+from cil.config import Config
 from cil.folder import read_metrics, read_yaml
 from cil.place import PLACE
 from cil.report.folders import flattened

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from cil.checking import check
 from cil.cli import SWEEP, compose
-from cil.config import RunConfig, check
+from cil.config import RunConfig
 from cil.sweep import expand
 from tests.cil.report.conftest import write_run
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from cil.build import make_distillation, make_learner, make_network, make_transform, open_data
+from cil.checking import check
 from cil.cli import compose, config_folder, groups
-from cil.config import Config, RunConfig, check
+from cil.config import Config, RunConfig
 from cil.data import MissingData
 from cil.learners.base import learners
 from cil.memory import selection_rules

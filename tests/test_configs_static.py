@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import yaml
 
+from cil.checking import check
 from cil.cli import compose, config_folder, groups
-from cil.config import ConfigError, StaticConfig, check
+from cil.config import ConfigError, StaticConfig
 from cil.optim import learning_rates
 from kd import distillers
 

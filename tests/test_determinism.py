@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from cil.checking import check
 from cil.cli import compose, main
-from cil.config import check
 from cil.engine import Engine
 from cil.events import SilentLog
 from cil.seeding import SampleNoise

@@ -15,7 +15,7 @@ import yaml
 import cil
 from cil import checkpoint
 from cil.build import Run, open_data
-from cil.config import check
+from cil.checking import check
 from cil.engine import Engine
 from cil.events import EventLog, read_events
 from tests.conftest import RunTiny

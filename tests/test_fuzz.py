@@ -21,9 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cil import load
+from cil.checking import check
 from cil.cli import MAX_LINES, compose
 from cil.cli import main as run_command
-from cil.config import ConfigError, check
+from cil.config import ConfigError
 from cil.report.folders import flattened
 from cil.report.pages import write_report
 from tests.conftest import SHORT, TINY, tiny_command

@@ -13,9 +13,10 @@ import torch
 
 from cil import checkpoint
 from cil.build import Run
+from cil.checking import check
 from cil.cli import compose
 from cil.cli import main as run_command
-from cil.config import StaticConfig, check
+from cil.config import StaticConfig
 from cil.engine import Engine
 from cil.events import EventLog, SilentLog, read_events
 from cil.loading import load

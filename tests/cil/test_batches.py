@@ -5,8 +5,8 @@ import torch
 
 from cil.batches import Batches
 from cil.build import Run
+from cil.checking import check
 from cil.cli import compose
-from cil.config import check
 from cil.optim import Recipe, Sampling
 from cil.stages import Phase, Source, Stage
 

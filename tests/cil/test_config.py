@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from pydantic import Field, ValidationError
 
 from cil.build import make_distillation
+from cil.checking import check, schema
 from cil.cli import compose
-from cil.config import Config, ConfigError, check, schema
+from cil.config import Config, ConfigError
 from cil.data import augmentations, data_sets
 from cil.learners.base import learners
 from cil.models.network import models

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from cil import checkpoint
+from cil.checking import check
 from cil.cli import compose
-from cil.config import ConfigError, check
+from cil.config import ConfigError
 from cil.learners.base import Learner, learners
 from cil.models.dkt import DKTNetwork
 from cil.models.network import models

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from cil import checkpoint
 from cil.build import Run
+from cil.checking import check
 from cil.cli import compose
-from cil.config import check
 from cil.engine import Engine, RunFailed, machine
 from cil.events import EventLog, read_events
 from cil.optim import learning_rates

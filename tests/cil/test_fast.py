@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from cil.build import Run
+from cil.checking import check
 from cil.cli import compose
-from cil.config import ConfigError, check
+from cil.config import ConfigError
 from cil.fast import Fast
 from cil.learners.base import Learner, learners
 from cil.models.network import models

@@ -7,8 +7,9 @@ import pytest
 import yaml
 
 from cil import folder as folders
+from cil.checking import check
 from cil.cli import compose
-from cil.config import Config, ConfigError, check
+from cil.config import Config, ConfigError
 from cil.folder import git_state, is_finished, open_folder, read_yaml
 
 

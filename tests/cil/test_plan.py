@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from cil.checking import check
 from cil.cli import compose, groups, main
-from cil.config import Config, check
+from cil.config import Config
 from cil.costs import idle_parameters, multiply_adds, num_bytes, saved_bytes
 from cil.events import read_events
 from cil.models.dkt import DKTNetwork

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cil.build import make_tasks, open_data
+from cil.checking import check
 from cil.cli import compose
-from cil.config import Config, check
+from cil.config import Config
 from cil.data import DataSet, ImageSet
 from cil.results import History, metrics, plain_values, protocol
 

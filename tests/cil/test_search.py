@@ -6,8 +6,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from cil.checking import check
 from cil.cli import compose
-from cil.config import Part, check
+from cil.config import Part
 from cil.models.network import models
 from cil.search import (
     S1_CHOICES,

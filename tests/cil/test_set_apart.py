@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from cil.batches import Batches
 from cil.build import Run
+from cil.checking import check
 from cil.cli import compose
-from cil.config import check
 from cil.stages import Phase, SetApart, Source, Stage
 from tests.conftest import run_tiny_in
 from tests.run_folders import facts_of

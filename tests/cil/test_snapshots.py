@@ -9,8 +9,8 @@ from torch import Tensor
 
 from cil import snapshots
 from cil.build import Run
+from cil.checking import check
 from cil.cli import compose
-from cil.config import check
 from cil.models.network import Network, models
 from cil.models.patches import PatchNetwork
 from cil.report.snapshots import FORMAT, read_snapshots

@@ -136,8 +136,8 @@ def test_a_rehearsal_leaves_no_trace_and_no_randomness():
 
 def test_a_map_that_is_not_there_is_refused_before_the_first_task():
     from cil.build import Run
+    from cil.checking import check
     from cil.cli import compose
-    from cil.config import check
 
     config = check(
         compose(["experiment=tiny", "learner=replay", "model=resnet8", "kd=fitnet", "kd.fitnet.hint=stage7.post"])

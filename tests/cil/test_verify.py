@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import yaml
 
+from cil.checking import check
 from cil.cli import compose
-from cil.config import Config, check
+from cil.config import Config
 from cil.tasks import task_sequence
 from cil.verify import Figure, figures, main
 

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 KD_MAY_IMPORT = {"kd", "torch", "einops", "jaxtyping"}
-ABOVE_LEARNERS = ("cil.engine", "cil.data", "cil.config", "cil.cli", "cil.report")
+ABOVE_LEARNERS = ("cil.engine", "cil.data", "cil.checking", "cil.config", "cil.cli", "cil.report")
 NEEDS_TORCH = ("torch", "torchvision", "timm", "kd")
 
 

@@ -9,8 +9,9 @@ from torch import nn
 
 import cil
 from cil import checkpoint
+from cil.checking import check
 from cil.cli import compose
-from cil.config import ConfigError, check
+from cil.config import ConfigError
 from cil.data.digits import Digits
 from cil.engine import Engine
 from cil.learners.bic import BIAS, BiC

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 
 import cil
+from cil.checking import check
 from cil.cli import compose
-from cil.config import ConfigError, check
+from cil.config import ConfigError
 from cil.learners.der import DER
 from cil.models.network import models
 from kd import WeightedSum

@@ -11,8 +11,8 @@ import yaml
 from torch import nn
 
 from cil import checkpoint
+from cil.checking import check
 from cil.cli import compose, config_folder
-from cil.config import check
 from cil.learners.base import learners
 from cil.learners.dkt_losses import binary_cross_entropy
 from cil.learners.dytox import DyTox

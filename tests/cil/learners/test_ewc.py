@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cil import checkpoint
+from cil.checking import check
 from cil.cli import compose
-from cil.config import check
 from cil.learners.ewc import EWC, PerParameter
 from cil.models.heads import GrowingLinear
 from cil.models.network import models

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cil
+from cil.checking import check
 from cil.cli import compose
-from cil.config import ConfigError, check
+from cil.config import ConfigError
 from cil.learners.foster import FOSTER, balanced_distillation, class_weights
 from cil.models.network import models
 from cil.optim import Recipe

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cil import checkpoint
+from cil.checking import check
 from cil.cli import compose
-from cil.config import ConfigError, check
+from cil.config import ConfigError
 from cil.learners.dkt_losses import binary_cross_entropy
 from cil.learners.icarl import ICaRL
 from cil.models.network import models

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from cil import checkpoint
 from cil.build import make_learner, make_network
 from cil.cam import tapped
+from cil.checking import check
 from cil.cli import compose
-from cil.config import ConfigError, check
+from cil.config import ConfigError
 from cil.learners.lucir import LUCIR, cosine_distance, margin_ranking
 from cil.loading import load
 from cil.models.network import models

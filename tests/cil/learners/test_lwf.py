@@ -2,8 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from cil.checking import check
 from cil.cli import compose
-from cil.config import check
 from cil.learners.lwf import LwF
 from cil.models.network import models
 from cil.optim import Recipe

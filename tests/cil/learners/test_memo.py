@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import cil
+from cil.checking import check
 from cil.cli import compose
-from cil.config import check
 from cil.learners.memo import MEMO
 from cil.models.network import models
 from kd import WeightedSum

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from cil import checkpoint
 from cil.build import make_distillation, make_learner, make_network
 from cil.cam import tapped
+from cil.checking import check
 from cil.cli import compose
-from cil.config import ConfigError, check
+from cil.config import ConfigError
 from cil.learners.podnet import PODNet, nca, pod_spatial, pooled
 from cil.loading import load
 from cil.models.network import BackboneNetwork, models

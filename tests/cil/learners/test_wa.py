@@ -4,8 +4,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cil.checking import check
 from cil.cli import compose
-from cil.config import ConfigError, check
+from cil.config import ConfigError
 from cil.learners.wa import WA, align
 from cil.models.heads import GrowingLinear
 from cil.models.network import models

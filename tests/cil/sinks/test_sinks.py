@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 import pytest
 
+from cil.checking import check
 from cil.cli import compose, main
-from cil.config import check
 from cil.events import EventLog
 from cil.sinks import Place, Sink, Sinks, scalars, sinks
 from cil.watch import look
