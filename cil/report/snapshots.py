@@ -32,7 +32,8 @@ class Snapshot:
         """
         path = self.folder / "arrays.npz"
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            # opened here: NumPy leaves a file open that is no archive
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 found: np.ndarray | None = arrays.get(name)
                 return found
         except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
