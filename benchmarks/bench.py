@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             flush=True,
         )
         latest[name] = asdict(measured)
-    LATEST.write_text(json.dumps({name: latest[name] for name in rows if name in latest}, indent=1) + "\n")
+        LATEST.write_text(json.dumps({name: latest[name] for name in rows if name in latest}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -57,5 +57,7 @@ def threads(count: int) -> Iterator[None]:
     """So many threads of torch, for a block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
-    yield
-    torch.set_num_threads(before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -274,11 +274,11 @@ class Engine:
             self.saved_optimizer = None
         self.learner.phase = phase
         ids = self.batches.of_phase(phase, stage)
-        self.encoded = self.encode(stage, number, phase, ids)
-        self.set_trainable(phase)
         steps = len(self.batches.plan(ids, stage, number, phase, epoch=0))
         if not steps:
             raise RunFailed(f"stage {stage.index}, phase {phase.name}: there is no batch to train on")
+        self.encoded = self.encode(stage, number, phase, ids)
+        self.set_trainable(phase)
         rates = learning_rates(phase.recipe.schedule, phase.recipe.epochs, phase.recipe.peak_lr, steps)
         self.model = distributed.wrap(self.learner)
         self.optimizer = make_optimizer(self.learner, phase.recipe, fused=self.config.fast.fused_optimizer)
@@ -343,14 +343,14 @@ class Engine:
                     batch = self.with_labels_of_all(batch, some)
                 losses = self.step(phase, batch, noise, (key, epoch, step), len(some))
                 for name, loss in losses.items():
-                    self.epoch.sums[name] = self.epoch.sums.get(name, 0) + loss.detach()
+                    self.epoch.sums[name] = self.epoch.sums.get(name, 0) + loss
                 self.epoch.images += len(some)
                 self.epoch.seconds = time.perf_counter() - start
                 self.position.step = step + 1
                 self.steps_since += 1
                 shown = None
                 if self.progress.wants_losses():
-                    shown = {name: float(loss.detach()) for name, loss in losses.items()}
+                    shown = {name: float(loss) for name, loss in losses.items()}
                 self.progress.step(epoch, step, shown, len(some))
                 self.profile.step()
                 stopping = self.signals.pending is not None and not self.signals.patient
@@ -470,7 +470,7 @@ class Engine:
                     buffer.copy_(value)
                 self.epoch.skipped += 1
                 return {}
-        return losses
+        return {name: loss.detach() for name, loss in losses.items()}  # the graph is not kept until the next step
 
     def shown(self, shares: list[tuple[Tensor, Tensor]], view_key: int) -> Iterator[Batch]:
         """This process's share of one batch after another: ids and views of `shares`."""
@@ -482,12 +482,16 @@ class Engine:
         """What the frozen part of a network makes of the samples of a phase that shows the same views again."""
         if phase.views is None:
             return None
-        reader = replace(self.reader, precision=self.precision)
-        keys = [self.batches.view_key(stage, number, phase, epoch) for epoch in range(phase.recipe.epochs)]
-        found = {
-            key: reader.answers(self.learner, self.learner.encode, self.samples.images, ids, key)
-            for key in dict.fromkeys(keys)
-        }
+        reader, to_come = (
+            replace(self.reader, precision=self.precision),
+            range(self.position.epoch, phase.recipe.epochs),
+        )
+        keys = [self.batches.view_key(stage, number, phase, epoch) for epoch in to_come]
+        with self.timed("encoding"):
+            found = {
+                key: reader.answers(self.learner, self.learner.encode, self.samples.images, ids, key)
+                for key in dict.fromkeys(keys)
+            }
         return Encoded(found, ids, self.samples.labels.to(self.precision.device))
 
     def batch(self, noise: SampleNoise, ids: Tensor, pixels: Tensor) -> Batch:

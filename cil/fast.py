@@ -1,10 +1,16 @@
 """Faster ways to compute the same thing: switches that change rounding and nothing else."""
 
 import itertools
+from typing import TYPE_CHECKING
 
+import torch
 from pydantic import BaseModel, ConfigDict
 
-from cil.learners.base import Learner
+from cil.models.dkt import BeforeNorm
+from cil.models.network import Network
+
+if TYPE_CHECKING:
+    from cil.learners.base import Learner
 
 
 class Fast(BaseModel):
@@ -26,12 +32,16 @@ class Fast(BaseModel):
     fused_optimizer: bool = True
     compile_teacher: bool = False
 
-    def apply(self, learner: Learner) -> None:
+    def apply(self, learner: "Learner") -> None:
         """Let the networks of a learner compute in this way, from now on."""
-        _, *teachers = learner.speakers()
-        for module in itertools.chain(learner.modules(), *(teacher.modules() for teacher in teachers)):
-            for switch in ("channels_last", "recompute"):
-                if hasattr(module, switch):
-                    setattr(module, switch, getattr(self, switch))
+        _, *others = learner.speakers()
+        for module in itertools.chain(learner.modules(), *(other.modules() for other in others)):
+            if isinstance(module, Network | BeforeNorm):
+                module.channels_last = self.channels_last
+            if isinstance(module, BeforeNorm):
+                module.recompute = self.recompute
+        # FOSTER's student speaks too, and learns
+        teachers = [other for other in others if not any(weight.requires_grad for weight in other.parameters())]
         for teacher in teachers if self.compile_teacher else ():
+            torch._dynamo.reset()  # what was compiled for the teachers before it
             teacher.compile()  # in place: names of parameters stay as they are, and so do saved states

@@ -336,8 +336,12 @@ class Rehearsal:
         """Images of noise under the ids and labels of samples from the whole range of `ids`."""
         device = self.run.precision.device
         some = ids[torch.linspace(0, len(ids) - 1, num_images).round().long()]
-        images = torch.randn(num_images, *self.run.data.input_shape, dtype=dtype)
-        return Batch(images.to(device), self.run.samples.labels[some].to(device), some.to(device))
+        images = torch.randn(num_images, *self.run.data.input_shape, dtype=dtype).to(device)
+        learner = self.run.learner
+        if learner.phase is not None and learner.phase.views is not None:
+            with torch.no_grad():
+                images = learner.encode(images)
+        return Batch(images, self.run.samples.labels[some].to(device), some.to(device))
 
     def idle(self, ids: Tensor) -> dict[str, int]:
         """Parameters without gradient in a step, found in float64."""
@@ -367,7 +371,7 @@ class Rehearsal:
         small, large = (self.batch(ids, count * PROBE_IMAGES, precision.dtype) for count in (1, 2))
         kept = [saved_bytes(lambda batch=batch: total(forward(batch).values()), constants) for batch in (small, large)]  # type: ignore[misc]
         per_image = (kept[1] - kept[0]) / PROBE_IMAGES
-        optimizer = make_optimizer(learner, phase.recipe)
+        optimizer = make_optimizer(learner, phase.recipe, fused=self.run.config.fast.fused_optimizer)
         unscaled = torch.amp.GradScaler(precision.device.type, enabled=False)
         adds = multiply_adds(lambda: learner.update(forward(large), optimizer, unscaled, phase.recipe.clip_norm))
         state = num_bytes(value for values in optimizer.state.values() for value in values.values())
@@ -398,7 +402,9 @@ class Rehearsal:
         shown = ids[torch.linspace(0, len(ids) - 1, count).round().long()]
         whole = phase.recipe.changed(sampling=Sampling().model_dump())
         short = replace(phase, recipe=whole, loader_batch_size=count)
-        engine.optimizer = make_optimizer(self.run.learner, phase.recipe)
+        engine.encoded = engine.encode(stage, number, short, shown)
+        engine.set_trainable(phase)
+        engine.optimizer = make_optimizer(self.run.learner, phase.recipe, fused=self.run.config.fast.fused_optimizer)
         engine.scaler = self.run.precision.scaler()
 
         def step() -> None:

@@ -62,6 +62,7 @@ class Profile(NoProfile):
         self._profile: profile | None = None
         self._name = ""
         self._said: str | None = None
+        self._num_steps = 0
 
     def begin(self, stage: Stage, number: int, phase: Phase) -> None:
         """Start, if this is the phase."""
@@ -80,6 +81,7 @@ class Profile(NoProfile):
     def step(self) -> None:
         """Count a step."""
         if self._profile is not None:
+            self._num_steps += 1
             self._profile.step()
 
     def end(self) -> str | None:
@@ -90,6 +92,8 @@ class Profile(NoProfile):
         return said
 
     def _write(self, found: profile) -> None:
+        if self._num_steps < _WAIT + _WARMUP + _STEPS:  # stopped before its time
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         found.export_chrome_trace(str(self.folder / f"{self._name}.json.gz"))
         table = self.folder / f"{self._name}.txt"
@@ -99,7 +103,8 @@ class Profile(NoProfile):
 
 def time_table(events: EventList, num_steps: int) -> str:
     """Milliseconds of a step by part, and the operations that take most of them."""
-    by_name = {event.key: event for event in events}
+    # an accelerator reports every part once more, as what it was busy with meanwhile
+    by_name = {event.key: event for event in events if event.device_type.name == "CPU"}
     cuda = any(event.self_device_time_total for event in events)
 
     def milliseconds(of: str) -> float:
@@ -110,7 +115,7 @@ def time_table(events: EventList, num_steps: int) -> str:
     operations = {
         event.key: event.self_device_time_total if cuda else event.self_cpu_time_total
         for event in events
-        if event.key not in PARTS and not event.key.startswith("ProfilerStep")
+        if event.key not in PARTS and not event.is_user_annotation and not event.key.startswith("ProfilerStep")
     }
     most = [
         [name[:50], f"{time / 1000 / num_steps:.1f}", f"{time / 1000 / num_steps / whole:.0%}"]
@@ -119,4 +124,7 @@ def time_table(events: EventList, num_steps: int) -> str:
     parts = as_text(["part of a step", "ms", "share"], rows, left=["part of a step"])
     own = f"operation, by its own time on the {'accelerator' if cuda else 'processor'}"
     operations_table = as_text([own, "ms", "share"], most, left=[own])
-    return f"Mean of {num_steps} steps; the teacher is asked within the forward pass.\n\n{parts}\n{operations_table}"
+    note = " Parts are timed where they are launched." if cuda else ""
+    return (
+        f"Mean of {num_steps} steps; the teacher is asked within the forward pass.{note}\n\n{parts}\n{operations_table}"
+    )

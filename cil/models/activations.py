@@ -91,9 +91,13 @@ class _NormGELU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, _, mean, inverse = ctx.saved_tensors
+        x, weight, bias, mean, inverse = ctx.saved_tensors
         (gradient,) = gradients
-        before = torch.ops.aten.gelu_backward(_in_order(gradient), _in_order(ctx.made.normalised()))
+        if torch.is_grad_enabled():  # a gradient of this gradient is wanted, which follows from what was normalised too
+            normalised = F.batch_norm(x, None, None, weight, bias, training=True, eps=ctx.made.eps)
+        else:
+            normalised = ctx.made.normalised()
+        before = torch.ops.aten.gelu_backward(_in_order(gradient), _in_order(normalised))
         of_x, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
             before.permute(0, 3, 1, 2), x, weight, None, None, mean, inverse, True, ctx.made.eps, [True, True, True]
         )

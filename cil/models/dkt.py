@@ -237,7 +237,8 @@ class ConvMLP(BeforeNorm):
     ) -> Tensor:
         """What `norm`, GELU and a convolution, `then`, make of a map."""
         # statistics of several processes are another class
-        if self.recompute and norm.training and torch.is_grad_enabled() and type(norm) is nn.BatchNorm2d:
+        plain = type(norm) is nn.BatchNorm2d and norm.affine and norm.momentum is not None
+        if self.recompute and plain and norm.training and torch.is_grad_enabled():
             return norm_gelu(x, norm, then)
         return then(gelu(norm(x)))
 

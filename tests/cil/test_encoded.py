@@ -102,6 +102,11 @@ def test_a_run_stopped_between_views_ends_as_one_that_was_not(
     assert facts_of(run) == facts_of(whole)
 
 
+def test_views_are_planned(run_tiny: RunTiny, capsys: pytest.CaptureFixture[str]) -> None:
+    run_tiny_in(Path("nowhere"), *VIEWS, "plan=true", report=False)
+    assert "finetuning" in capsys.readouterr().out
+
+
 def test_dytox_fine_tunes_on_views_too(run_tiny: RunTiny) -> None:
     small = ("model=dytox", "model.width=24", "model.num_heads=2", "model.depth=1", "model.patch_size=4")
     run = run_tiny(*small, *VIEWS, learner="dytox")

@@ -2,9 +2,12 @@
 
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from cil.cli import compose
 from cil.config import ConfigError
 from cil.fast import Fast
 from cil.learners.base import Learner, learners
+from cil.models.dkt import BeforeNorm
 from cil.models.network import models
 from cil.optim import Recipe, make_optimizer
 from cil.stages import Stage
@@ -93,6 +97,45 @@ def test_what_norm_and_gelu_gave_is_not_kept() -> None:
         kept[recompute] = sum(sizes.values())
     hidden = 8 * 16 * 4 * SMALL["width"] * 4  # bytes of a map inside the MLP of an encoder block
     assert kept[False] - kept[True] >= 4 * hidden * SMALL["depth"] * 0.9
+
+
+def test_a_gradient_of_a_gradient_is_the_plain_one() -> None:
+    """Attention by gradients (`kd=at_gradient`) differentiates the gradient of a loss by a map of the student."""
+    found = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        network = models["dkt"]((3, 16, 16), **SMALL).double()
+        network.grow(3)
+        PLAIN.model_copy(update={"recompute": recompute}).apply(Learner(network, None))
+        images = torch.randn(4, 3, 16, 16, dtype=torch.float64, requires_grad=True)
+        (by_image,) = torch.autograd.grad(network(images).logits.square().sum(), images, create_graph=True)
+        by_image.square().sum().backward()
+        found.append([by_image.detach(), *(p.grad for p in network.parameters() if p.grad is not None)])
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=0, atol=1e-10 * float(plain.abs().max()) + 1e-12)
+
+
+def test_nothing_of_a_step_is_kept_after_it(run_tiny: RunTiny) -> None:
+    alive: list[weakref.ref[Tensor]] = []
+    left: list[int] = []
+    convolve = BeforeNorm.linear
+
+    def convolving(module: BeforeNorm, *arguments: Any) -> Tensor:
+        maps = convolve(module, *arguments)
+        if maps.requires_grad:
+            alive.append(weakref.ref(maps))
+        return maps
+
+    def beginning(learner: Learner, batch: Batch) -> dict[str, Tensor]:
+        left.append(sum(reference() is not None for reference in alive))
+        alive.clear()
+        return forward(learner, batch)
+
+    forward = learners["dkt"].forward
+    with mock.patch.object(BeforeNorm, "linear", convolving), mock.patch.object(learners["dkt"], "forward", beginning):
+        run_tiny()
+    assert len(left) > 10
+    assert set(left) == {0}
 
 
 @pytest.mark.parametrize("name", ["resnet_cifar", "vgg", "wrn"])

@@ -31,8 +31,11 @@ def test_a_profile_is_a_table_and_a_trace_and_changes_nothing(
     assert facts_of(other) == facts_of(run)
 
 
-def test_a_phase_that_is_too_short_says_so(run_tiny: RunTiny, capsys: pytest.CaptureFixture[str]) -> None:
-    run = run_tiny("profile=true", "optim.batch_size=512", "optim.epochs=1")
+@pytest.mark.parametrize("batch_size", [512, 80])  # 1 and 4 steps
+def test_a_phase_that_is_too_short_says_so(
+    run_tiny: RunTiny, capsys: pytest.CaptureFixture[str], batch_size: int
+) -> None:
+    run = run_tiny("profile=true", f"optim.batch_size={batch_size}", "optim.epochs=1")
     assert "fewer than 8 steps" in capsys.readouterr().out
     assert not (run / "profile").exists()
 
