@@ -82,6 +82,7 @@ def test_there_are_the_groups_that_people_are_told_of() -> None:
     assert list(groups()) == [
         "data",
         "experiment",
+        "fast",
         "kd",
         "learner",
         "memory",
