@@ -8,6 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
+from cil.fast import PLAIN, Fast
+from cil.precision import Precision
+
+CPU = torch.device("cpu")
+
 
 @dataclass
 class Measured:
@@ -61,3 +66,8 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def way(*, plain: bool) -> tuple[Fast, Precision]:
+    """How one side computes: `fast=off precision=fp32`, or by default."""
+    return (PLAIN, Precision("fp32", CPU)) if plain else (Fast(), Precision.resolve("auto", CPU))

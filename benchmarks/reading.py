@@ -1,6 +1,7 @@
 """Rows of `make bench` about everything around the steps: images, exemplars, evaluation, checkpoints, start."""
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,20 +16,17 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.datasets import ImageFolder as TorchvisionFolder
 
-from benchmarks.measuring import Measured, rate, row, seconds_of, side_by_side, threads
+from benchmarks.measuring import Measured, rate, row, seconds_of, side_by_side, threads, way
 from cil import checkpoint
 from cil.data import Transform, augmentations, data_sets
 from cil.data.base import ImageSet
 from cil.evaluation import Reader
-from cil.fast import Fast
 from cil.learners.base import Learner
 from cil.memory import selection_rules
 from cil.models.network import models
-from cil.precision import Precision, has_bf16
 from cil.seeding import SampleNoise
 
 _MEAN, _STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)  # of CIFAR-100
-_CPU = torch.device("cpu")
 
 
 def _photos(count: int, side: int) -> torch.Tensor:
@@ -112,8 +110,8 @@ def _reader(plain: bool) -> tuple[Reader, Learner]:
     network = models["dkt"]((3, 32, 32))
     network.grow(10)
     learner = Learner(network, None)
-    (Fast(channels_last=False, recompute=False) if plain else Fast()).apply(learner)
-    precision = Precision("fp32" if plain or not has_bf16(_CPU) else "bf16", _CPU)
+    fast, precision = way(plain=plain)
+    fast.apply(learner)
     return Reader(Transform([], _MEAN, _STD), precision, 256), learner
 
 
@@ -179,23 +177,24 @@ def checkpoint_read() -> Measured:
         return side_by_side(ours, lambda: torch.load(path, weights_only=True), repetitions=5)
 
 
-def _run(*words: str) -> float:
-    start = time.perf_counter()
+def _run(*words: str) -> None:
     subprocess.run([sys.executable, *words], check=True, capture_output=True)
-    return time.perf_counter() - start
+
+
+def _beside_torch(ours: Callable[[], None]) -> Measured:
+    """Seconds of what a command does, and of importing torch."""
+    value, torch_alone = seconds_of(ours, lambda: _run("-c", "import torch"), repetitions=3)
+    return Measured(value, "s", torch_alone, torch_alone / value)
 
 
 @row
 def show_help() -> Measured:
     """`train_incremental.py --help`, beside starting Python and importing torch."""
-    ours, torch_alone = seconds_of(
-        lambda: _run("train_incremental.py", "--help"), lambda: _run("-c", "import torch"), repetitions=3
-    )
-    return Measured(ours, "s", torch_alone, torch_alone / ours)
+    return _beside_torch(lambda: _run("train_incremental.py", "--help"))
 
 
 def _first_step() -> None:
-    """From the command to the end of the first step of the demo."""
+    """From the command to the end of the first epoch of the demo."""
     with tempfile.TemporaryDirectory() as folder:
         words = ("experiment=demo", f"runs_dir={folder}", "name=first", "log=[]", "optim.epochs=1")
         with subprocess.Popen(
@@ -210,8 +209,7 @@ def _first_step() -> None:
 @row
 def first_step() -> Measured:
     """From the command to the end of the first epoch (5 steps) of the demo, beside importing torch."""
-    ours, torch_alone = seconds_of(_first_step, lambda: _run("-c", "import torch"), repetitions=3)
-    return Measured(ours, "s", torch_alone, torch_alone / ours)
+    return _beside_torch(_first_step)
 
 
 @row
@@ -223,9 +221,6 @@ def report() -> Measured:
         metrics = Path(folder, "run0", "metrics.json")
         assert json.loads(metrics.read_text())["finished"]
         for number in range(1, 20):
-            subprocess.run(["cp", "-r", str(metrics.parent), str(Path(folder, f"run{number}"))], check=True)
+            shutil.copytree(metrics.parent, Path(folder, f"run{number}"))
         page = str(Path(folder, "page.html"))
-        ours, torch_alone = seconds_of(
-            lambda: _run("-m", "cil.report", folder, "-o", page), lambda: _run("-c", "import torch"), repetitions=3
-        )
-    return Measured(ours, "s", torch_alone, torch_alone / ours)
+        return _beside_torch(lambda: _run("-m", "cil.report", folder, "-o", page))

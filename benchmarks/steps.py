@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measuring import Measured, rate, row, seconds_of
+from benchmarks.measuring import CPU, Measured, rate, row, seconds_of, way
 from cil.distillation import StaticDistillation
 from cil.fast import Fast
 from cil.learners.base import Learner, learners
 from cil.models.network import models
 from cil.optim import Recipe, make_optimizer
-from cil.precision import Precision, has_bf16
+from cil.precision import Precision
 from cil.stages import Phase, Stage
 from kd import Batch, WeightedSum, distillers
 
@@ -28,14 +28,7 @@ _GIGAFLOP = 4.89  # of an image: 2 x multiply-adds of 3 passes of the student an
 _STATIC_BATCH = 64
 _STATIC_GIGAFLOP = 3.23  # the same of a ResNet-8x4 beside a ResNet-32x4
 _MATRIX = 4096
-_PLAIN = Fast(channels_last=False, recompute=False, fused_optimizer=False)
-
 _RECIPE = Recipe(epochs=1)
-_CPU = torch.device("cpu")
-
-
-def _precision(plain: bool) -> Precision:
-    return Precision("fp32" if plain or not has_bf16(_CPU) else "bf16", _CPU)
 
 
 def _batch(size: int, classes: int) -> Batch:
@@ -79,9 +72,9 @@ def _step(
 
 
 def _task_step(name: str, task: int, *, plain: bool, precision: Precision | None = None) -> Callable[[], None]:
-    fast = _PLAIN if plain else Fast()
+    fast, usual = way(plain=plain)
     learner, _ = _at_task(name, task, fast=fast)
-    return _step(learner, _batch(_BATCH, _CLASSES * task), precision or _precision(plain), fast)
+    return _step(learner, _batch(_BATCH, _CLASSES * task), precision or usual, fast)
 
 
 def _step_row(name: str, task: int) -> Measured:
@@ -116,7 +109,7 @@ def dkt_step_50() -> Measured:
 @row
 def dkt_step_fp32() -> Measured:
     """A step of DKT in fp32 on the fast paths, beside the plain ones."""
-    ours = _task_step("dkt", 2, plain=False, precision=Precision("fp32", _CPU))
+    ours = _task_step("dkt", 2, plain=False, precision=Precision("fp32", CPU))
     return rate(_BATCH, ours, _task_step("dkt", 2, plain=True), repetitions=3)
 
 
@@ -174,7 +167,7 @@ def finetuning_views() -> Measured:
     batches = [_batch(_BATCH, 4) for _ in range(2)]
     epochs, sides = 10, []
     for plain in (False, True):
-        fast, precision = _PLAIN if plain else Fast(), _precision(plain)
+        fast, precision = way(plain=plain)
         learner, (_, phase) = _at_task("dkt", 2, fast=fast)
         sides.append(_finetuning(learner, phase, batches, precision, fast, epochs, views=not plain))
     return rate(epochs * 2 * _BATCH, *sides, repetitions=3)
@@ -193,7 +186,7 @@ def _finetuning(
         shown = batches
         if views:
             with torch.no_grad(), precision.autocast():
-                shown = [Batch(learner.encode(batch.images), batch.labels, batch.ids) for batch in batches]
+                shown = [Batch(learner.network.encode(batch.images), batch.labels, batch.ids) for batch in batches]
         for step in [_step(learner, batch, precision, fast) for batch in shown] * epochs:
             step()
 
@@ -223,14 +216,14 @@ def _static_sides() -> list[Callable[[], None]]:
     batch, recipe = _batch(_STATIC_BATCH, 100), Recipe(optimizer="sgd", lr=0.05, momentum=0.9)
     sides = []
     for plain in (False, True):
-        fast = _PLAIN if plain else Fast()
+        fast, precision = way(plain=plain)
         student, teacher = (models["resnet_cifar"]((3, 32, 32), depth=depth, **wide) for depth in (8, 32))
         teacher.grow(100)
         terms = WeightedSum({"kd": (0.9, distillers["kd"](temperature=4.0))})
         learner = StaticDistillation(student, lambda _, s=student: s, lambda t=terms: t, lambda _, t=teacher: t)
         learner.begin_stage(Stage(0, range(100), recipe, has_memory=False))
         fast.apply(learner)
-        sides.append(_step(learner.train(), batch, _precision(plain), fast, recipe))
+        sides.append(_step(learner.train(), batch, precision, fast, recipe))
     return sides
 
 

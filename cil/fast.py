@@ -45,3 +45,7 @@ class Fast(BaseModel):
         for teacher in teachers if self.compile_teacher else ():
             torch._dynamo.reset()  # what was compiled for the teachers before it
             teacher.compile()  # in place: names of parameters stay as they are, and so do saved states
+
+
+#: What `fast=off` stands for.
+PLAIN = Fast(channels_last=False, recompute=False, fused_optimizer=False)

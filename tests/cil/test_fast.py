@@ -17,7 +17,7 @@ from cil.build import Run
 from cil.checking import check
 from cil.cli import compose
 from cil.config import ConfigError
-from cil.fast import Fast
+from cil.fast import PLAIN, Fast
 from cil.learners.base import Learner, learners
 from cil.models.dkt import BeforeNorm
 from cil.models.network import models
@@ -28,7 +28,6 @@ from tests.conftest import RunTiny, run_tiny_in, tiny_command
 from tests.run_folders import metrics_of, results_of
 
 ROOT = Path(__file__).parents[2]
-PLAIN = Fast(channels_last=False, recompute=False, fused_optimizer=False)
 SMALL = {"width": 24, "num_heads": 2, "depth": 2, "stem_width": 8, "drop_path": 0.0}
 
 
