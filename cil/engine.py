@@ -489,7 +489,7 @@ class Engine:
         keys = [self.batches.view_key(stage, number, phase, epoch) for epoch in to_come]
         with self.timed("encoding"):
             found = {
-                key: reader.answers(self.learner, self.learner.encode, self.samples.images, ids, key)
+                key: reader.answers(self.learner, self.learner.network.encode, self.samples.images, ids, key)
                 for key in dict.fromkeys(keys)
             }
         return Encoded(found, ids, self.samples.labels.to(self.precision.device))

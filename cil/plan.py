@@ -340,7 +340,7 @@ class Rehearsal:
         learner = self.run.learner
         if learner.phase is not None and learner.phase.views is not None:
             with torch.no_grad():
-                images = learner.encode(images)
+                images = learner.network.encode(images)
         return Batch(images, self.run.samples.labels[some].to(device), some.to(device))
 
     def idle(self, ids: Tensor) -> dict[str, int]:

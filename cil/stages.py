@@ -70,7 +70,7 @@ class Phase:
         set_apart: Divides the source, for a phase that trains on a part of it.
         loader_batch_size: Batch size of the loader where it differs from the one the learning rate is scaled by.
         views: Show the same so many augmented views of every sample again and again, one an epoch, as what
-            `Learner.encode` makes of them, computed once; None draws new ones.
+            `Network.encode` makes of them, computed once; None draws new ones.
     """
 
     name: str

@@ -221,10 +221,6 @@ class Learner(nn.Module):
             raise ValueError(f"{type(self.network).__name__} gives no embedding to choose exemplars by")
         return outputs.embedding
 
-    def encode(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch dim rows columns"]:
-        """What the frozen part of the network makes of images; `forward` is given it in phases with `views`."""
-        raise NotImplementedError(f"{type(self).__name__} does not say which part of its network can be read once")
-
     def speakers(self) -> list[Network]:
         """The networks that are asked about training images; several processes put together what these say."""
         networks = [self.network]

@@ -3,7 +3,6 @@
 import inspect
 from typing import Annotated, Any
 
-from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
@@ -159,10 +158,6 @@ class DKT(Learner):
             base_weight=self.base_weight,
             base_reduction=self.base_reduction,
         )
-
-    def encode(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch dim rows columns"]:
-        """The patches behind the encoder, which rests in fine-tuning."""
-        return self.network.encode(images)
 
 
 #: The switches as the release has them (docs/method.md).

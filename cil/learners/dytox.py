@@ -2,7 +2,6 @@
 
 from typing import Annotated
 
-from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
@@ -136,7 +135,3 @@ class DyTox(Learner):
             divergence_weight=self.divergence,
             base_reduction=self.base_reduction,
         )
-
-    def encode(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch dim rows columns"]:
-        """The patches behind the encoder, which rests in fine-tuning."""
-        return self.network.encode(images)

@@ -83,6 +83,10 @@ class Network(nn.Module):
         """Scores of all classes so far, and the embedding before the head."""
         raise NotImplementedError(f"{type(self).__name__} does not say how to classify images")
 
+    def encode(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch dim rows columns"]:
+        """What the encoder makes of images, for phases that show the same views of samples again (`Phase.views`)."""
+        raise NotImplementedError(f"{type(self).__name__} has no encoder that could be read once")
+
     def tap_paths(self) -> TapPaths:
         """Where its feature maps are; a network without such maps names none."""
         return TapPaths()

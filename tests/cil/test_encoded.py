@@ -53,7 +53,7 @@ def test_fine_tuning_on_what_the_encoder_made_has_the_losses_and_gradients_of_fi
         learner.phase = phase.__class__(phase.name, phase.source, phase.recipe, views=views)
         learner.zero_grad(set_to_none=True)
         with torch.no_grad():
-            images = batch.images if views is None else learner.encode(batch.images)
+            images = batch.images if views is None else learner.network.encode(batch.images)
         losses = learner(Batch(images, batch.labels, batch.ids))
         losses["bce"].backward()
         gradients = {key: value.grad for key, value in learner.named_parameters() if value.grad is not None}
@@ -83,10 +83,10 @@ def test_the_encoder_reads_every_exemplar_once_for_each_view(run_tiny: RunTiny) 
 
 
 def _callers() -> set[str]:
-    """Names of the methods of learners below which this is called."""
+    """Names of the methods of the engine below which this is called."""
     import inspect
 
-    return {frame.function for frame in inspect.stack() if frame.filename.endswith("learners/dkt.py")}
+    return {frame.function for frame in inspect.stack() if frame.filename.endswith("cil/engine.py")}
 
 
 def test_a_run_stopped_between_views_ends_as_one_that_was_not(
