@@ -1,7 +1,9 @@
 """`plan=true` says what a run will take; what it says is what the run then does."""
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +14,12 @@ from cil.checking import check
 from cil.cli import compose, groups, main
 from cil.config import Config
 from cil.costs import idle_parameters, multiply_adds, num_bytes, saved_bytes
+from cil.engine import Engine
 from cil.events import read_events
 from cil.models.dkt import DKTNetwork
-from cil.plan import Plan, plan
+from cil.plan import TIMED_STEPS, Plan, plan
 from cil.plan_table import as_text
+from cil.stages import Phase
 from tests.conftest import RunTiny, tiny_command
 from tests.run_folders import metrics_of
 from tests.test_configs import COMPANIONS
@@ -196,6 +200,19 @@ def untimed(found: Plan) -> Plan:
 
 def test_the_same_config_has_the_same_plan_but_for_the_clock() -> None:
     assert untimed(plan(config_of())) == untimed(plan(config_of()))
+
+
+def test_every_pass_that_is_timed_makes_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, step = [], Engine.step
+
+    def counted(self: Engine, phase: Phase, *arguments: Any) -> Any:
+        made.append((self.position.stage > 0, phase.name))
+        return step(self, phase, *arguments)
+
+    monkeypatch.setattr(Engine, "step", counted)
+    plan(config_of("memory.size=24", "learner.finetune_epochs=1"))
+    once = TIMED_STEPS + 1  # and one before, to warm up
+    assert Counter(made) == {(False, "training"): once, (True, "training"): once, (True, "finetuning"): once}
 
 
 def test_memory_is_that_of_weights_gradients_and_optimizer() -> None:
