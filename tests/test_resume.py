@@ -141,6 +141,10 @@ def test_a_run_interrupted_after_every_single_checkpoint_ends_as_an_uninterrupte
 IN_THE_MIDDLE: dict[str, tuple[str, tuple[str, ...]]] = {
     "dkt": ("dkt", ()),
     "dkt in bf16": ("dkt", ("precision=bf16",)),
+    "Muon and a balanced loss": (
+        "dkt",
+        ("optim.optimizer=muon", "learner.base_loss=balanced_cross_entropy", "optim.initial_lr=0.01"),
+    ),
     "banks and two momenta": (
         "replay",
         (

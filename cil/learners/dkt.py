@@ -3,11 +3,13 @@
 import inspect
 from typing import Annotated, Any
 
+import torch
+from jaxtyping import Int
 from pydantic import Field
 from torch import Tensor
 
 from cil.learners.base import Learner, learners
-from cil.learners.dkt_losses import Reduction, dkt_losses
+from cil.learners.dkt_losses import BaseLoss, Reduction, dkt_losses
 from cil.learners.finetuning import Epochs, balanced_finetuning, check_views, per_task
 from cil.models.dkt import DKTNetwork
 from cil.models.network import Network
@@ -34,6 +36,9 @@ class DKT(Learner):
         base_weight: $w$; the release counts the base loss twice (R1).
         base_reduction: `batchmean` sums BCE over the classes, so that it stands on the scale of a distillation term
             that is a mean over the batch; `mean` divides it by them, which only balances a KD divided likewise (R2).
+        base_loss: `bce` is published. Two variants of this project: `cross_entropy`, the mean over the batch, and
+            `balanced_cross_entropy`, which knows that the memory has few samples of old classes; both go with
+            `base_reduction=batchmean`.
         separation: Coefficient of the cluster-separation loss; 0 leaves the term out.
         finetune_epochs: Epochs of balanced fine-tuning, one number or one per task from the second on, of which the
             last goes on (R9); 0 leaves it out.
@@ -62,6 +67,7 @@ class DKT(Learner):
         *,
         base_weight: Annotated[float, Field(gt=0)] = 1.0,
         base_reduction: Reduction = "batchmean",
+        base_loss: BaseLoss = "bce",
         separation: Annotated[float, Field(ge=0)] = 0.003,
         finetune_epochs: Epochs = 10,
         finetune_lr: Annotated[float, Field(gt=0)] = 5e-5,
@@ -80,6 +86,11 @@ class DKT(Learner):
                 f"learner=dkt needs the network with a token pool, found {type(network).__name__}: use model=dkt, or "
                 "another learner (replay, finetune, joint)"
             )
+        if base_loss != "bce" and base_reduction != "batchmean":
+            raise ValueError(
+                f"learner.base_reduction={base_reduction} is about bce, and learner.base_loss={base_loss} is a mean "
+                "over the batch: leave base_reduction at batchmean"
+            )
         if late_batch_override and incremental_batch_size is None:
             raise ValueError("learner.late_batch_override has no effect without learner.incremental_batch_size")
         if finetune_general_token and finetune_views is not None:
@@ -93,6 +104,8 @@ class DKT(Learner):
         self.separation = ClusterSeparation(scale=separation) if separation else None
         self.base_weight = base_weight
         self.base_reduction: Reduction = base_reduction
+        self.base_loss: BaseLoss = base_loss
+        self._counts: Int[Tensor, " classes"] | None = None
         self.finetune_epochs = per_task(finetune_epochs)
         self.finetune_lr = finetune_lr
         self.finetune_batch_size = finetune_batch_size
@@ -142,6 +155,11 @@ class DKT(Learner):
         )
         return [main, *finetuning]
 
+    def remember(self, ids: Int[Tensor, " samples"], labels: Int[Tensor, " samples"]) -> None:
+        """Also how many samples of every class the main phase shows."""
+        super().remember(ids, labels)
+        self._counts = torch.bincount(labels, minlength=self.network.num_classes)
+
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The weighted terms `bce`, the distillation terms by name and `separation`; fine-tuning has `bce` alone."""
         finetuning = self.phase is not None and self.phase.source == "memory"
@@ -157,6 +175,8 @@ class DKT(Learner):
             separation=self.separation,
             base_weight=self.base_weight,
             base_reduction=self.base_reduction,
+            base_loss=self.base_loss,
+            counts=None if finetuning else self._counts,
         )
 
 

@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from cil.learners.base import learners
 from cil.learners.dkt import DKT, DKTOfficial
-from cil.learners.dkt_losses import binary_cross_entropy
+from cil.learners.dkt_losses import BaseLoss, balanced_cross_entropy, binary_cross_entropy
 from cil.models.dkt import DKTNetwork
 from cil.models.network import models
 from cil.optim import Recipe, Sampling, Schedule
@@ -181,6 +182,39 @@ def test_fine_tuning_has_the_base_loss_alone_and_does_not_ask_the_teacher() -> N
     expected = binary_cross_entropy(learner.network(batch.images).logits, batch.labels, "batchmean")
     assert list(losses) == ["bce"]
     assert losses["bce"].equal(expected)
+
+
+@pytest.mark.parametrize("base_loss", ["cross_entropy", "balanced_cross_entropy"])
+def test_cross_entropy_can_take_the_place_of_bce(base_loss: BaseLoss) -> None:
+    learner, stage = begun(2, 2, base_loss=base_loss)
+    labels = torch.tensor([0, 1, 2, 2, 2, 3, 3, 3])
+    learner.remember(torch.arange(8), labels)
+    batch = batch_of(4)
+    learner.eval()
+    scores = learner.network(batch.images).logits
+    plain = F.cross_entropy(scores, batch.labels)
+    shares = torch.tensor([1, 1, 3, 3]) / 8
+    weighted = shares * scores.exp()
+    balanced = -torch.log(weighted[torch.arange(len(scores)), batch.labels] / weighted.sum(dim=1)).mean()
+    losses = learner(batch)
+    assert list(losses) == [base_loss, "dkt", "separation"]
+    expected = balanced if base_loss == "balanced_cross_entropy" else plain
+    assert torch.allclose(losses[base_loss], 0.5 * expected)
+    learner.phase = learner.phases(stage)[1]  # the memory is balanced
+    assert torch.allclose(learner(batch)[base_loss], plain)
+
+
+def test_classes_of_equal_shares_have_the_plain_cross_entropy() -> None:
+    logits, labels = torch.randn(5, 4), torch.arange(5) % 4
+    found = balanced_cross_entropy(logits, labels, torch.full((4,), 7))
+    assert torch.allclose(found, F.cross_entropy(logits, labels))
+    absent = balanced_cross_entropy(logits[:3], labels[:3], torch.tensor([7, 7, 7, 0]))
+    assert torch.allclose(absent, F.cross_entropy(logits[:3, :3], labels[:3]))
+
+
+def test_a_reduction_of_bce_without_bce_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"learner\.base_reduction=mean is about bce"):
+        learner_of(2, base_loss="cross_entropy", base_reduction="mean")
 
 
 def test_terms_that_are_switched_off_are_not_there() -> None:
