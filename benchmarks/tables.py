@@ -31,6 +31,13 @@ CONVOLUTIONAL: dict[str, list[str]] = {
     "der": ["optim.schedule.milestones=[4,6,7]"],
     "foster": _COSINE,
 }
+#: A sixth of the training images of experiment=cifar100_c50, and as many.
+FAST: dict[str, list[str]] = {
+    "sixth": ["experiment=cifar100_c50_fast"],
+    "same": [
+        *("experiment=cifar100_c50_fast", "optim.epochs=7", "optim.batch_size=64", "learner.finetune_epochs=4"),
+    ],
+}
 TABLES: dict[str, list[list[str]]] = {
     "demo": [["experiment=demo", f"seed={seed}", f"name=demo-seed{seed}"] for seed in range(3)],
     "cifar100_c50": [["experiment=cifar100_c50", f"learner={learner}"] for learner in ("dkt_official", "dkt")],
@@ -41,6 +48,11 @@ TABLES: dict[str, list[list[str]]] = {
             *("optim.lr_reference_batch=512", "data.augment.cutout=null"),
         ],
         ["experiment=cifar100_c50", "learner=dkt"],
+    ],
+    "cifar100_c50_fast": [
+        [*words, f"seed={seed}", f"name=cifar100_c50_fast-{name}-seed{seed}"]
+        for name, words in FAST.items()
+        for seed in range(3)
     ],
 }
 

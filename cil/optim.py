@@ -143,7 +143,6 @@ class Recipe(BaseModel):
         clip_norm: Largest allowed norm of the whole gradient; null does not clip.
         epochs: Passes over the samples, in each task.
         initial_epochs: The same for the first task; null takes `epochs`.
-        initial_lr: `lr` in the first task; null takes `lr`.
         initial_weight_decay: The same for the first task; null takes `weight_decay`.
         initial_schedule: The same for the first task; null takes `schedule`.
         batch_size: Samples per step, over all processes.
@@ -167,7 +166,6 @@ class Recipe(BaseModel):
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     epochs: int = Field(500, gt=0)
     initial_epochs: Annotated[int, Field(gt=0)] | None = None
-    initial_lr: Annotated[float, Field(gt=0)] | None = None
     initial_weight_decay: Annotated[float, Field(ge=0)] | None = None
     initial_schedule: Schedule | None = None
     batch_size: int = Field(128, gt=1)
@@ -222,8 +220,8 @@ class Recipe(BaseModel):
         return Recipe.model_validate(self.model_dump() | fields)
 
     def for_task(self, index: int) -> "Recipe":
-        """The recipe of task `index`: the first has its own epochs, rate, weight decay and schedule where set."""
-        own = {name: getattr(self, f"initial_{name}") for name in ("epochs", "lr", "weight_decay", "schedule")}
+        """The recipe of task `index`: the first has its own epochs, weight decay and schedule where they are set."""
+        own = {name: getattr(self, f"initial_{name}") for name in ("epochs", "weight_decay", "schedule")}
         own = {name: value for name, value in own.items() if value is not None}
         return self.changed(**own) if index == 0 and own else self
 

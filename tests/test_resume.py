@@ -143,7 +143,7 @@ IN_THE_MIDDLE: dict[str, tuple[str, tuple[str, ...]]] = {
     "dkt in bf16": ("dkt", ("precision=bf16",)),
     "Muon and a balanced loss": (
         "dkt",
-        ("optim.optimizer=muon", "learner.base_loss=balanced_cross_entropy", "optim.initial_lr=0.01"),
+        ("optim.optimizer=muon", "learner.base_loss=balanced_cross_entropy"),
     ),
     "banks and two momenta": (
         "replay",

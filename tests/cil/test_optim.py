@@ -136,10 +136,9 @@ def test_the_first_task_may_have_epochs_of_its_own() -> None:
     assert Recipe(epochs=7).for_task(0).epochs == 7
 
 
-def test_the_first_task_may_have_a_rate_a_schedule_and_a_decay_of_its_own() -> None:
+def test_the_first_task_may_have_a_schedule_and_a_decay_of_its_own() -> None:
     first = Schedule(name="multistep", milestones=[2])
-    recipe = Recipe(lr=1e-3, initial_lr=4e-3, weight_decay=1e-4, initial_weight_decay=0.0, initial_schedule=first)
-    assert [recipe.for_task(index).lr for index in range(2)] == [4e-3, 1e-3]
+    recipe = Recipe(weight_decay=1e-4, initial_weight_decay=0.0, initial_schedule=first)
     assert [recipe.for_task(index).weight_decay for index in range(2)] == [0.0, 1e-4]
     assert [recipe.for_task(index).schedule for index in range(2)] == [first, recipe.schedule]
 
