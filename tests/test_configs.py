@@ -62,7 +62,7 @@ COMPANIONS = {
     **{("learner", name): ["model=resnet32"] for name in ("der", "ewc", "foster", "lucir", "memo", "podnet", "wa")},
 }
 #: Learners whose file names a distillation term of their own.
-WITH_A_TERM = {"bic", "dkt", "dkt_digits", "dytox", "foster", "icarl", "lwf", "wa"}
+WITH_A_TERM = {"bic", "dkt", "dkt_digits", "dkt_fast", "dytox", "foster", "icarl", "lwf", "wa"}
 WITH_A_TERM |= {choice for choice in groups()["learner"] if choice.startswith("dkt_official")}
 INPUT_SHAPES = {"dkt_tiny": (1, 8, 8), "dkt_imagenet": (3, 224, 224)}  # the others are for 3 x 32 x 32
 
@@ -137,7 +137,8 @@ def test_every_model_is_built_and_grown(choice: str) -> None:
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_every_learner_goes_with_every_experiment(learner: str, experiment: str) -> None:
     own = ["model=dkt_small"] if learner.startswith("dkt") and experiment == "cifar100_c50_conv" else []
-    own += ["optim.schedule.unit=epoch"] if (learner, experiment) == ("dkt_official", "cifar100_c20") else []
+    by_step = experiment in ("cifar100_c20", "cifar100_c50_fast")
+    own += ["optim.schedule.unit=epoch"] if learner == "dkt_official" and by_step else []
     words = COMPANIONS.get(("learner", learner), own)
     config = config_of(f"experiment={experiment}", f"learner={learner}", *words)
     network = network_of(config, INPUT_SHAPES.get("dkt_tiny") if config.data.name == "digits" else (3, 32, 32))
