@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser as torchrun_options
 
 from cil.checking import check
 from cil.cli import SWEEP, compose
@@ -113,8 +114,8 @@ def check_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     program, rest = words[0], words[1:]
     assert program in PROGRAMS, f"{program} is no program that these pages may ask for"
     if program == "torchrun":
-        assert rest[0] == "--nproc-per-node"
-        rest = rest[2:]
+        launched = torchrun_options().parse_args(rest)
+        rest = [launched.training_script, *launched.training_script_args]
     if program == "make":
         assert re.search(rf"^{rest[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     elif program == "pip":
