@@ -94,7 +94,7 @@ def dkt_losses(
         return {base_loss: base}
     num_old, num_classes = teacher.logits.shape[1], student.logits.shape[1]
     old_share = num_old / num_classes if distillation is not None and not distillation.ended else 0.0
-    losses = {base_loss: base_weight * (1 - old_share) * base}
+    losses: dict[str, Tensor] = {base_loss: base_weight * (1 - old_share) * base}
     if distillation is not None:
         terms = distillation.terms(student.first(num_old), teacher, batch)
         losses |= {name: old_share * term for name, term in terms.items()}
