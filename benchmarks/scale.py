@@ -85,9 +85,8 @@ class Need:
         return max(
             task.model_bytes
             + task.teacher_bytes
-            + phase.gradient_bytes
-            + phase.optimizer_bytes
-            + phase.activation_bytes // processes
+            + phase.num_bytes
+            - (phase.activation_bytes - phase.activation_bytes // processes)
             for task in self.plan.tasks
             for phase in task.phases
         )
@@ -122,7 +121,8 @@ class _Counted(TorchDispatchMode):
 def launches(config: Config) -> int:
     """Operations of a step of the second task: forward, teacher, losses, backward, one fused optimiser."""
     rehearsal = Rehearsal(build(config))
-    rehearsal.task(0)
+    rehearsal.engine.begin(rehearsal.run.stage(0))
+    rehearsal.fill_memory(rehearsal.run.stage(0))
     learner, stage = rehearsal.run.learner, rehearsal.run.stage(1)
     rehearsal.engine.begin(stage)
     learner.phase = phase = learner.phases(stage)[0]

@@ -304,7 +304,7 @@ class Engine:
         self.profile.begin(stage, number, phase)
         for epoch in range(self.position.epoch, phase.recipe.epochs):
             self.train_epoch(stage, number, phase, epoch, ids, rates)
-            self.position.epoch, self.position.step, self.epoch = epoch + 1, 0, Epoch()
+            self.position.epoch = epoch + 1
             every = self.config.evaluation.every_epochs
             if every and (epoch + 1) % every == 0 and epoch + 1 < phase.recipe.epochs:
                 self.evaluate(stage, f"{phase.name} epoch {epoch + 1}")
@@ -379,6 +379,7 @@ class Engine:
             images_per_second=images / seconds,
             seconds=seconds,
         )
+        self.position.step, self.epoch = 0, Epoch()
 
     def check_finite(self, phase: Phase) -> None:
         """Refuse to save or go on with numbers that are none.
@@ -482,10 +483,8 @@ class Engine:
         """What the frozen part of a network makes of the samples of a phase that shows the same views again."""
         if phase.views is None:
             return None
-        reader, to_come = (
-            replace(self.reader, precision=self.precision),
-            range(self.position.epoch, phase.recipe.epochs),
-        )
+        reader = replace(self.reader, precision=self.precision)
+        to_come = range(self.position.epoch, phase.recipe.epochs)
         keys = [self.batches.view_key(stage, number, phase, epoch) for epoch in to_come]
         with self.timed("encoding"):
             found = {

@@ -17,7 +17,7 @@ from torch import Tensor
 from cil.build import Run
 from cil.config import RunConfig, StaticConfig
 from cil.costs import idle_parameters, multiply_adds, num_bytes, saved_bytes
-from cil.engine import Engine, Epoch
+from cil.engine import Engine
 from cil.events import SilentLog
 from cil.optim import Sampling, make_optimizer
 from cil.progress import Progress
@@ -408,7 +408,6 @@ class Rehearsal:
         engine.scaler = self.run.precision.scaler()
 
         def step() -> None:
-            engine.position.step, engine.epoch = 0, Epoch()  # from the beginning, as if never shown
             engine.train_epoch(stage, number, short, epoch, shown, [0.0] * (epoch + 1))
 
         return self.pace(phase.name, stage.index > 0, adds, step, count)

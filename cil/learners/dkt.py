@@ -161,7 +161,7 @@ class DKT(Learner):
         self._counts = torch.bincount(labels, minlength=self.network.num_classes)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """The weighted terms `bce`, the distillation terms by name and `separation`; fine-tuning has `bce` alone."""
+        """The weighted base loss, distillation terms and `separation` by name; fine-tuning has the base loss alone."""
         finetuning = self.phase is not None and self.phase.source == "memory"
         # the teacher first: what it needs on the way is free again before the student keeps anything
         teacher = said(self.teacher, batch) if self.teacher is not None and not finetuning else None
