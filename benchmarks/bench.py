@@ -2,7 +2,8 @@
 
 Every row measures one thing of this project and the same thing done in a plain way: the plain form of our own code
 (`fast=off precision=fp32`), or what the published releases do. Both sides run in turn in one process, so that what else
-the machine does hits both; the median counts. The table goes to standard output and to benchmarks/latest.json.
+the machine does hits both; the median counts. The table goes to standard output and to benchmarks/latest.json, that of
+a GPU (`--device cuda`) to benchmarks/latest-cuda.json.
 """
 
 import argparse
@@ -17,13 +18,16 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from benchmarks import reading, steps  # noqa: F401 - they enter their rows
-from benchmarks.measuring import Measured, row, rows, side_by_side, threads
+from benchmarks.measuring import Measured, measure_on, row, rows, side_by_side, threads
 from cil.models.dytox import DyToxNetwork
+from cil.precision import resolve_device
 from kd import Batch, Outputs
 from kd.feature.crd import CRD
 from kd.feature.crd_sampling import ClassBlocks
 
 LATEST = Path(__file__).with_name("latest.json")
+#: What a GPU has to do with.
+_ON_A_GPU = ("dkt_step", "dytox_step", "static_step", "finetuning", "evaluation", "crop_flip", "randaugment")
 
 
 @row
@@ -117,11 +121,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure the rows, print the table, write it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench", description=__doc__)
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(rows)}; all without any")
-    chosen = parser.parse_args(arguments).rows or list(rows)
+    parser.add_argument("--device", default="cpu", help="where networks and augmentations compute; default cpu")
+    given = parser.parse_args(arguments)
+    where = resolve_device(given.device)
+    measure_on(where)
+    on_a_gpu = where.type != "cpu"
+    path = LATEST.with_name(f"latest-{where.type}.json") if on_a_gpu else LATEST
+    chosen = given.rows or [name for name in rows if not on_a_gpu or name.startswith(_ON_A_GPU)]
     if strangers := [name for name in chosen if name not in rows]:
         parser.error(f"unknown rows {', '.join(strangers)}; known: {', '.join(rows)}")
     print(f"{'row':<22} {'value':>10} {'unit':<8} {'baseline':>10} {'ratio':>8}")
-    latest = json.loads(LATEST.read_text()) if LATEST.exists() else {}
+    latest = json.loads(path.read_text()) if path.exists() else {}
     for name in chosen:
         measured = rows[name]()
         print(
@@ -129,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             flush=True,
         )
         latest[name] = asdict(measured)
-        LATEST.write_text(json.dumps({name: latest[name] for name in rows if name in latest}, indent=1) + "\n")
+        path.write_text(json.dumps({name: latest[name] for name in rows if name in latest}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

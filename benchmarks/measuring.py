@@ -11,7 +11,18 @@ import torch
 from cil.fast import PLAIN, Fast
 from cil.precision import Precision
 
-CPU = torch.device("cpu")
+_device = torch.device("cpu")
+
+
+def device() -> torch.device:
+    """Where rows about networks and images compute."""
+    return _device
+
+
+def measure_on(chosen: torch.device) -> None:
+    """Let the rows to come compute there."""
+    global _device
+    _device = chosen
 
 
 @dataclass
@@ -40,6 +51,8 @@ def seconds_of(*sides: Callable[[], object], repetitions: int) -> list[float]:
         for side, own in zip(sides, taken, strict=True):
             start = time.perf_counter()
             side()
+            if _device.type == "cuda":  # which is given work and goes on with it alone
+                torch.cuda.synchronize()
             if repetition >= 0:
                 own.append(time.perf_counter() - start)
     return [statistics.median(own) for own in taken]
@@ -70,4 +83,4 @@ def threads(count: int) -> Iterator[None]:
 
 def way(*, plain: bool) -> tuple[Fast, Precision]:
     """How one side computes: `fast=off precision=fp32`, or by default."""
-    return (PLAIN, Precision("fp32", CPU)) if plain else (Fast(), Precision.resolve("auto", CPU))
+    return (PLAIN, Precision("fp32", _device)) if plain else (Fast(), Precision.resolve("auto", _device))

@@ -16,7 +16,7 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.datasets import ImageFolder as TorchvisionFolder
 
-from benchmarks.measuring import Measured, rate, row, seconds_of, side_by_side, threads, way
+from benchmarks.measuring import Measured, device, rate, row, seconds_of, side_by_side, threads, way
 from cil import checkpoint
 from cil.data import Transform, augmentations, data_sets
 from cil.data.base import ImageSet
@@ -42,13 +42,14 @@ def _pil(images: torch.Tensor) -> list[Image.Image]:
 
 def _augmented(names: dict[str, dict[str, object]], pipeline: Callable[[Image.Image], torch.Tensor]) -> Measured:
     images = _photos(512, 32)
+    own = images.to(device())
     transform = Transform([augmentations[name](**values) for name, values in names.items()], _MEAN, _STD)
-    ids = torch.arange(len(images))
+    ids = torch.arange(len(images), device=device())
     pictures = _pil(images)
 
     def ours() -> None:
         for some in ids.split(128):
-            transform.train(images[some], SampleNoise(0, some, torch.zeros_like(some)))
+            transform.train(own[some], SampleNoise(0, some, torch.zeros_like(some)))
 
     with threads(1):
         return rate(len(images), ours, lambda: torch.stack([pipeline(picture) for picture in pictures]))
@@ -109,7 +110,7 @@ def _reader(plain: bool) -> tuple[Reader, Learner]:
     torch.manual_seed(0)
     network = models["dkt"]((3, 32, 32))
     network.grow(10)
-    learner = Learner(network, None)
+    learner = Learner(network.to(device()), None)
     fast, precision = way(plain=plain)
     fast.apply(learner)
     return Reader(Transform([], _MEAN, _STD), precision, 256), learner

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measuring import CPU, Measured, rate, row, seconds_of, way
+from benchmarks.measuring import Measured, device, measure_on, rate, row, seconds_of, way
 from cil.distillation import StaticDistillation
 from cil.fast import Fast
 from cil.learners.base import Learner, learners
@@ -34,7 +34,8 @@ _RECIPE = Recipe(epochs=1)
 def _batch(size: int, classes: int) -> Batch:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(size, 3, 32, 32, generator=generator)
-    return Batch(images, torch.randint(classes, (size,), generator=generator), torch.arange(size))
+    labels = torch.randint(classes, (size,), generator=generator)
+    return Batch(images.to(device()), labels.to(device()), torch.arange(size, device=device()))
 
 
 def _at_task(name: str, task: int, *, fast: Fast) -> tuple[Learner, list[Phase]]:
@@ -49,6 +50,7 @@ def _at_task(name: str, task: int, *, fast: Fast) -> tuple[Learner, list[Phase]]
             learner.begin_stage(stage)
         else:
             learner.network.grow(_CLASSES)
+    learner.to(device())
     fast.apply(learner)
     learner.train()
     phases = learner.phases(stage)
@@ -109,13 +111,13 @@ def dkt_step_50() -> Measured:
 @row
 def dkt_step_fp32() -> Measured:
     """A step of DKT in fp32 on the fast paths, beside the plain ones."""
-    ours = _task_step("dkt", 2, plain=False, precision=Precision("fp32", CPU))
+    ours = _task_step("dkt", 2, plain=False, precision=Precision("fp32", device()))
     return rate(_BATCH, ours, _task_step("dkt", 2, plain=True), repetitions=3)
 
 
 def _utilisation(gigaflop: float, sides: list[Callable[[], None]]) -> Measured:
     """Arithmetic of steps as a share of what large bf16 matrix products reach, in the same turns."""
-    a, b = (torch.randn(_MATRIX, _MATRIX).bfloat16() for _ in range(2))
+    a, b = (torch.randn(_MATRIX, _MATRIX, device=device()).bfloat16() for _ in range(2))
     ours, plain, product = seconds_of(*sides, lambda: a @ b, repetitions=3)
     peak = 2 * _MATRIX**3 / product / 1e9
     value, baseline = (gigaflop / seconds / peak for seconds in (ours, plain))
@@ -136,12 +138,17 @@ def dkt_step_growth() -> Measured:
     return Measured(1000 * fifty, "ms", 1000 * two, two / fifty)
 
 
-def _peak(plain: bool) -> float:
+def _peak(plain: bool, where: torch.device) -> float:
+    measure_on(where)
     step = _task_step("dkt", 2, plain=plain)
-    before = _highest_resident()
+    before = _highest()
     for _ in range(2):
         step()
-    return _highest_resident() - before
+    return _highest() - before
+
+
+def _highest() -> float:
+    return torch.cuda.max_memory_allocated() / 2**20 if device().type == "cuda" else _highest_resident()
 
 
 def _highest_resident() -> float:
@@ -152,11 +159,14 @@ def _highest_resident() -> float:
 
 @row
 def dkt_step_memory() -> Measured:
-    """What two steps of DKT add to the peak of the resident memory of a process that has built the networks."""
+    """What two steps of DKT add to the peak of the memory of a process that has built the networks.
+
+    That is resident memory on a processor, and what torch has given out on a GPU.
+    """
     found = []
     for plain in (False, True):  # each in a process of its own
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            found.append(pool.submit(_peak, plain).result())
+            found.append(pool.submit(_peak, plain, device()).result())
     value, baseline = found
     return Measured(value, "MiB", baseline, baseline / value)
 
@@ -222,6 +232,7 @@ def _static_sides() -> list[Callable[[], None]]:
         terms = WeightedSum({"kd": (0.9, distillers["kd"](temperature=4.0))})
         learner = StaticDistillation(student, lambda _, s=student: s, lambda t=terms: t, lambda _, t=teacher: t)
         learner.begin_stage(Stage(0, range(100), recipe, has_memory=False))
+        learner.to(device())
         fast.apply(learner)
         sides.append(_step(learner.train(), batch, precision, fast, recipe))
     return sides

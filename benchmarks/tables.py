@@ -38,6 +38,16 @@ FAST: dict[str, list[str]] = {
         *("experiment=cifar100_c50_fast", "optim.epochs=7", "optim.batch_size=64", "learner.finetune_epochs=4"),
     ],
 }
+_LONG = [
+    *("scenario.classes=20", "scenario.increment=4", "memory.size=400", "model=dkt_narrow", "optim.epochs=40"),
+    "num_threads=1",
+]
+#: 20 classes in 5 tasks of 40 epochs, where the recipe of the release has time to work.
+LONG: dict[str, list[str]] = {
+    "released": ["experiment=cifar100_c50", "learner=dkt_official"],
+    "corrected": ["experiment=cifar100_c50", "learner=dkt"],
+    "fast": ["experiment=cifar100_c50_fast", "optim.batch_size=64", "learner.finetune_epochs=4"],
+}
 TABLES: dict[str, list[list[str]]] = {
     "demo": [["experiment=demo", f"seed={seed}", f"name=demo-seed{seed}"] for seed in range(3)],
     "cifar100_c50": [["experiment=cifar100_c50", f"learner={learner}"] for learner in ("dkt_official", "dkt")],
@@ -53,6 +63,11 @@ TABLES: dict[str, list[list[str]]] = {
         [*words, f"seed={seed}", f"name=cifar100_c50_fast-{name}-seed{seed}"]
         for name, words in FAST.items()
         for seed in range(3)
+    ],
+    "cifar100_c20_long": [
+        [*words, *_LONG, f"seed={seed}", f"name=cifar100_c20_long-{name}-seed{seed}"]
+        for seed in range(3)
+        for name, words in LONG.items()
     ],
 }
 
