@@ -27,7 +27,18 @@ from kd.feature.crd_sampling import ClassBlocks
 
 LATEST = Path(__file__).with_name("latest.json")
 #: What a GPU has to do with.
-_ON_A_GPU = ("dkt_step", "dytox_step", "static_step", "finetuning", "evaluation", "crop_flip", "randaugment")
+_ON_A_GPU = (
+    "dkt_step",
+    "dytox_step",
+    "static_step",
+    "finetuning",
+    "evaluation",
+    "crop_flip",
+    "randaugment",
+    "imagenet",
+)
+#: What would take a CPU minutes.
+_NOT_ON_A_CPU = ("imagenet",)
 
 
 @row
@@ -127,7 +138,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     measure_on(where)
     on_a_gpu = where.type != "cpu"
     path = LATEST.with_name(f"latest-{where.type}.json") if on_a_gpu else LATEST
-    chosen = given.rows or [name for name in rows if not on_a_gpu or name.startswith(_ON_A_GPU)]
+    usual = [name for name in rows if (name.startswith(_ON_A_GPU) if on_a_gpu else not name.startswith(_NOT_ON_A_CPU))]
+    chosen = given.rows or usual
     if strangers := [name for name in chosen if name not in rows]:
         parser.error(f"unknown rows {', '.join(strangers)}; known: {', '.join(rows)}")
     print(f"{'row':<22} {'value':>10} {'unit':<8} {'baseline':>10} {'ratio':>8}")

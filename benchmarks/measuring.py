@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from cil.fast import PLAIN, Fast
-from cil.precision import Precision
+from cil.precision import Precision, repeat_exactly
+
+_UNCOUNTED = 2  # the first calls load what they need, and record what can be recorded
 
 _device = torch.device("cpu")
 
@@ -45,9 +47,9 @@ def row(function: Callable[[], Measured]) -> Callable[[], Measured]:
 
 
 def seconds_of(*sides: Callable[[], object], repetitions: int) -> list[float]:
-    """Median seconds of functions that are called in turn, after one call each that does not count."""
+    """Median seconds of functions that are called in turn, after two calls each that do not count."""
     taken: list[list[float]] = [[] for _ in sides]
-    for repetition in range(-1, repetitions):
+    for repetition in range(-_UNCOUNTED, repetitions):
         for side, own in zip(sides, taken, strict=True):
             start = time.perf_counter()
             side()
@@ -83,4 +85,5 @@ def threads(count: int) -> Iterator[None]:
 
 def way(*, plain: bool) -> tuple[Fast, Precision]:
     """How one side computes: `fast=off precision=fp32`, or by default."""
+    repeat_exactly(_device)  # as runs do
     return (PLAIN, Precision("fp32", _device)) if plain else (Fast(), Precision.resolve("auto", _device))

@@ -4,9 +4,10 @@ Every preset is planned (`cil.plan`) on synthetic images of its real number and 
 set is needed. Steps, images, multiply-adds and bytes are those of the run itself; the time of this machine is carried
 over from a few steps. Nothing is trained.
 
-The second table supposes an accelerator: it divides the arithmetic by what one is to reach, `--tflops`, lets no step
-take less than its operations need to be started, `--launch-us` each, and says how many files a second must then be
-decoded. It is arithmetic with assumptions in it, no measurement.
+The second table is about GPUs. It divides the arithmetic by what one reaches, `--tflops`, lets no step take less than
+its operations need to be started, and says how many files a second must then be decoded. A single GPU is given all
+operations of a step by one call and needs `--recorded-us` for each; several start them one by one, `--launch-us` each.
+The default rates were seen on an H200 (docs/speed.md); the rest is arithmetic.
 """
 
 import argparse
@@ -92,7 +93,7 @@ class Need:
         )
 
     def seconds(self, tflops: float, launch_us: float, processes: int) -> float:
-        """Time of all arithmetic at a rate per process, and of no step less than it takes to start."""
+        """Time of all arithmetic at a rate per process, and of no step less than its operations take to start."""
         rate, start = tflops * 1e12 * processes, self.launches * launch_us * 1e-6
         training = sum(
             phase.num_steps * max(2 * phase.multiply_adds * phase.num_images / phase.num_steps / rate, start)
@@ -156,14 +157,19 @@ def measured(needs: Sequence[Need]) -> str:
 
 
 def extrapolated(
-    needs: Sequence[Need], tflops: float, launch_us: float, processes: Sequence[int], per_core: float
+    needs: Sequence[Need],
+    tflops: float,
+    launch_us: float,
+    recorded_us: float,
+    processes: Sequence[int],
+    per_core: float,
 ) -> str:
     """The second table."""
     columns = ["experiment", "GPUs", "time", "a step", "memory of each", "images/s in all", "cores to decode them"]
     rows = []
     for one in needs:
         for count in processes:
-            seconds = one.seconds(tflops, launch_us, count)
+            seconds = one.seconds(tflops, launch_us if count > 1 else recorded_us, count)
             images = one.plan.num_images / seconds
             in_files = one.experiment.startswith("imagenet")
             rows.append(
@@ -188,15 +194,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__.split("\n\n")[0])
     parser.add_argument("experiments", nargs="*", choices=[[], *PRESETS], default=[], help="presets; default: all")
-    parser.add_argument("--tflops", type=float, default=100.0, help="what a GPU is supposed to reach, 10^12 per second")
-    parser.add_argument("--launch-us", type=float, default=8.0, help="what starting an operation takes, microseconds")
+    parser.add_argument("--tflops", type=float, default=48.0, help="what a GPU reaches, 10^12 operations a second")
+    parser.add_argument("--launch-us", type=float, default=25.0, help="what starting an operation takes, microseconds")
+    parser.add_argument("--recorded-us", type=float, default=3.0, help="the same in a recorded step of a single GPU")
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8], help="numbers of GPUs")
     parser.add_argument("--per-core", type=float, default=392.0, help="files decoded a second and core (make bench)")
     given = parser.parse_args(argv)
     needs = [need(experiment) for experiment in given.experiments or PRESETS]
     print(f"planned here, {needs[0].plan.place}:\n{measured(needs)}")
-    print(f"supposed, {given.tflops:g} x 10^12 operations a second and GPU:")
-    print(extrapolated(needs, given.tflops, given.launch_us, given.gpus, given.per_core))
+    print(f"at {given.tflops:g} x 10^12 operations a second and GPU:")
+    print(extrapolated(needs, given.tflops, given.launch_us, given.recorded_us, given.gpus, given.per_core))
 
 
 if __name__ == "__main__":

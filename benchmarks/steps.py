@@ -19,31 +19,35 @@ from cil.learners.base import Learner, learners
 from cil.models.network import models
 from cil.optim import Recipe, make_optimizer
 from cil.precision import Precision
+from cil.recorded import Recorder
+from cil.seeding import SampleNoise, sample_noise
 from cil.stages import Phase, Stage
 from kd import Batch, WeightedSum, distillers
 
 _BATCH = 128
 _CLASSES = 2  # of a task: 50 tasks are 100 classes
 _GIGAFLOP = 4.89  # of an image: 2 x multiply-adds of 3 passes of the student and 1 of the teacher, width 384, CIFAR
+#: The ImageNet form: images of 224 px, 196 patches.
+_IMAGENET = {"stem_kernel": 7, "stem_stride": 2, "stem_padding": 2, "patch_kernel": 4}
 _STATIC_BATCH = 64
 _STATIC_GIGAFLOP = 3.23  # the same of a ResNet-8x4 beside a ResNet-32x4
 _MATRIX = 4096
 _RECIPE = Recipe(epochs=1)
 
 
-def _batch(size: int, classes: int) -> Batch:
+def _batch(size: int, classes: int, side: int = 32) -> Batch:
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(size, 3, 32, 32, generator=generator)
+    images = torch.randn(size, 3, side, side, generator=generator)
     labels = torch.randint(classes, (size,), generator=generator)
     return Batch(images.to(device()), labels.to(device()), torch.arange(size, device=device()))
 
 
-def _at_task(name: str, task: int, *, fast: Fast) -> tuple[Learner, list[Phase]]:
+def _at_task(name: str, task: int, *, fast: Fast, side: int = 32, **form: int) -> tuple[Learner, list[Phase]]:
     """A learner of that name in the middle of a task, counted from 1, and the phases of the task."""
     torch.manual_seed(0)
     method = "kd" if name == "dkt" else "dytox"
     term = distillers["kd"](temperature=1.0)
-    learner = learners[name](models[name]((3, 32, 32)), WeightedSum({method: (1.0, term)}))
+    learner = learners[name](models[name]((3, side, side), **form), WeightedSum({method: (1.0, term)}))
     for index in range(task):
         stage = Stage(index, range(_CLASSES * index, _CLASSES * (index + 1)), _RECIPE, has_memory=True)
         if index == task - 1:
@@ -64,11 +68,19 @@ def _step(
 ) -> Callable[[], None]:
     optimizer = make_optimizer(learner, recipe, fused=fast.fused_optimizer)
     scaler = precision.scaler()
+    noise = SampleNoise(0, batch.ids, torch.zeros_like(batch.ids))
+    recorder = None
+    if fast.cuda_graphs and Recorder.suits(learner, optimizer, precision.device):
+        recorder = Recorder(learner, optimizer, scaler, precision, print)
 
     def step() -> None:
-        with precision.autocast():
-            losses: dict[str, Tensor] = learner(batch)
-        learner.update(losses, optimizer, scaler, None)
+        with sample_noise(noise):
+            if recorder is not None and recorder(batch, noise) is not None:
+                learner.advance(optimizer, scaler, None)
+                return
+            with precision.autocast():
+                losses: dict[str, Tensor] = learner(batch)
+            learner.update(losses, optimizer, scaler, None)
 
     return step
 
@@ -106,6 +118,17 @@ def dkt_step_20() -> Measured:
 def dkt_step_50() -> Measured:
     """The same at task 50."""
     return _step_row("dkt", 50)
+
+
+@row
+def imagenet_step() -> Measured:
+    """A step of DKT at task 2 in its ImageNet form, images of 224 px, batches of 128; not among the rows of a CPU."""
+    sides = []
+    for plain in (False, True):
+        fast, precision = way(plain=plain)
+        learner, _ = _at_task("dkt", 2, fast=fast, side=224, **_IMAGENET)
+        sides.append(_step(learner, _batch(_BATCH, 2 * _CLASSES, 224), precision, fast))
+    return rate(_BATCH, *sides, repetitions=5)
 
 
 @row
@@ -221,12 +244,13 @@ def dytox_step_20() -> Measured:
     return _step_row("dytox", 20)
 
 
-def _static_sides() -> list[Callable[[], None]]:
+def _static_sides(**switches: bool) -> list[Callable[[], None]]:
     wide = {"width": 64, "stem_width": 32, "shortcut": "conv"}
     batch, recipe = _batch(_STATIC_BATCH, 100), Recipe(optimizer="sgd", lr=0.05, momentum=0.9)
     sides = []
     for plain in (False, True):
         fast, precision = way(plain=plain)
+        fast = fast if plain else fast.model_copy(update=switches)
         student, teacher = (models["resnet_cifar"]((3, 32, 32), depth=depth, **wide) for depth in (8, 32))
         teacher.grow(100)
         terms = WeightedSum({"kd": (0.9, distillers["kd"](temperature=4.0))})
@@ -242,6 +266,12 @@ def _static_sides() -> list[Callable[[], None]]:
 def static_step() -> Measured:
     """ResNet-32x4 teaches ResNet-8x4 by KD, batches of 64, SGD with momentum."""
     return rate(_STATIC_BATCH, *_static_sides(), repetitions=5)
+
+
+@row
+def static_step_compiled() -> Measured:
+    """The same with `fast.compile_teacher=true`."""
+    return rate(_STATIC_BATCH, *_static_sides(compile_teacher=True), repetitions=5)
 
 
 @row

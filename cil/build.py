@@ -14,7 +14,7 @@ from cil.events import EventLog, SilentLog
 from cil.learners.base import Learner, learners
 from cil.memory import ExemplarMemory
 from cil.models.network import Network, models
-from cil.precision import Precision, resolve_device
+from cil.precision import Precision, repeat_exactly, resolve_device
 from cil.progress import Progress
 from cil.results import History, metrics
 from cil.seeding import derive, seeded
@@ -183,6 +183,7 @@ class Run:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         device = resolve_device(config.device)
+        repeat_exactly(device)
         precision = Precision.resolve(config.precision, device)
         eval_precision = precision
         if config.evaluation.precision is not None:

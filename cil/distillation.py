@@ -56,6 +56,7 @@ class StaticDistillation(Learner):
         self.given = given
         self.index = 0
         self.cache = cache
+        self.recordable = cache is None
         self.found: SearchResult | None = None
         self._asked: Asked | None = None  # no module, and so no part of the state dict
 

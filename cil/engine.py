@@ -28,6 +28,7 @@ from cil.learners.base import Reading
 from cil.optim import Carried, learning_rates, make_optimizer, set_learning_rate, state_by_name, take_state
 from cil.profiling import NoProfile, Profile, profiled
 from cil.progress import Progress
+from cil.recorded import Recorder
 from cil.results import History, protocol
 from cil.room import is_out_of_memory, largest_that_fits
 from cil.seeding import SampleNoise, derive, sample_noise, seeded
@@ -102,6 +103,8 @@ class Engine:
         self.saved_at, self.save_seconds, self.steps_since = time.monotonic(), 0.0, 0
         self.kept = "nothing, it had not been saved yet"
         self.model: nn.Module = self.learner
+        #: Of the phase in work, if its steps can be recorded.
+        self.recorder: Recorder | None = None
         #: What a phase with `views` is shown instead of images.
         self.encoded: Encoded | None = None
         wanted = run.config.profile and rank() == 0
@@ -290,6 +293,7 @@ class Engine:
         elif phase.name in self.carried:
             fresh = [f"network.{part}" for part in self.learner.network.fresh_parts]
             take_state(self.optimizer, self.learner, self.carried.pop(phase.name), fresh)
+        self.recorder = self.make_recorder()
         self.progress.phase(phase.name, phase.recipe.epochs, steps)
         if self.position.epoch == self.position.step == 0:
             self.log.write(
@@ -317,10 +321,17 @@ class Engine:
             self.carried[phase.name] = state_by_name(self.optimizer, self.learner)
         if written := self.profile.end():
             self.progress.say(written)
-        self.optimizer, self.model, self.encoded = None, self.learner, None
+        self.optimizer, self.model, self.encoded, self.recorder = None, self.learner, None, None
         if any(later.source == "memory" for later in phases[number + 1 : number + 2]):
             counts = next(iter(self.evaluate(stage, "before_finetuning").values()))
             self.history.before_finetuning.append(counts.accuracy)
+
+    def make_recorder(self) -> Recorder | None:
+        """What records the steps of the phase in work, whose optimiser is made; None if they cannot be."""
+        assert self.optimizer is not None
+        if self.config.fast.cuda_graphs and Recorder.suits(self.learner, self.optimizer, self.precision.device):
+            return Recorder(self.learner, self.optimizer, self.scaler, self.precision, self.progress.say)
+        return None
 
     def train_epoch(self, stage: Stage, number: int, phase: Phase, epoch: int, ids: Tensor, rates: list[float]) -> None:
         """One pass, or the rest of one: augment, forward, sum, backward, step."""
@@ -458,12 +469,17 @@ class Engine:
             alone = self.model.no_sync()
         before = [(buffer, buffer.clone()) for buffer in self.learner.buffers()] if phase.recipe.skip_nonfinite else []
         with seeded(key, step), sample_noise(noise), distributed.sharing(num_all), alone:
-            with self.precision.autocast(), record_function("forward"):
-                if step == 0 and epoch == 0 and (line := self.learner.notice(batch)):
-                    self.progress.say(line)
-                losses: dict[str, Tensor] = self.model(batch)
             scale = self.scaler.get_scale()
-            self.learner.update(losses, self.optimizer, self.scaler, phase.recipe.clip_norm)
+            recorded = self.recorder(batch, noise) if self.recorder is not None else None
+            if recorded is not None:
+                losses = recorded
+                self.learner.advance(self.optimizer, self.scaler, phase.recipe.clip_norm)
+            else:
+                with self.precision.autocast(), record_function("forward"):
+                    if step == 0 and epoch == 0 and (line := self.learner.notice(batch)):
+                        self.progress.say(line)
+                    losses = self.model(batch)
+                self.learner.update(losses, self.optimizer, self.scaler, phase.recipe.clip_norm)
         if self.scaler.get_scale() < scale:
             self.history.skipped_steps += 1
             if phase.recipe.skip_nonfinite:

@@ -406,6 +406,7 @@ class Rehearsal:
         engine.set_trainable(phase)
         engine.optimizer = make_optimizer(self.run.learner, phase.recipe, fused=self.run.config.fast.fused_optimizer)
         engine.scaler = self.run.precision.scaler()
+        engine.recorder = engine.make_recorder()
 
         def step() -> None:
             engine.train_epoch(stage, number, short, epoch, shown, [0.0] * (epoch + 1))

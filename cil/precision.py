@@ -43,6 +43,18 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def repeat_exactly(device: torch.device) -> None:
+    """Let a device give the same numbers for the same work: a resumed run is the run. A processor does so anyway.
+
+    Some operations of CUDA add in any order unless they are told not to; those that can do no other warn.
+    """
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is computed
+        torch.backends.cudnn.deterministic = True
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
 @dataclass(frozen=True)
 class Precision:
     """The format a run computes in.

@@ -65,9 +65,13 @@ class SampleNoise:
     ids: Int[Tensor, " batch"]
     views: Int[Tensor, " batch"]
 
+    def word(self, purpose: str) -> int | Int[Tensor, ""]:
+        """What the numbers for a purpose begin with."""
+        return derive(self.key, purpose)
+
     def uniform(self, purpose: str, count: int = 1) -> Float[Tensor, "batch count"]:
         """`count` numbers per sample, uniform in [0, 1), float32 with 24 random bits."""
-        start = _mix(self.ids * 4096 + self.views + derive(self.key, purpose))
+        start = _mix(self.ids * 4096 + self.views + self.word(purpose))
         steps = torch.arange(1, count + 1, device=self.ids.device) * _INCREMENT
         words = _mix(start[:, None] + steps)
         return ((words >> 40) & ((1 << 24) - 1)).float() / (1 << 24)

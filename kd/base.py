@@ -71,6 +71,9 @@ class Distiller(nn.Module):
     """
 
     needs: set[str] = {"logits"}
+    #: Whether `forward` is the same operations on tensors every time, so that a GPU can be given all of them at once:
+    #: it draws no random numbers and keeps nothing from batch to batch.
+    recordable: bool = False
 
     def auxiliary_parameters(self) -> list[nn.Parameter]:
         """Trainable parameters of adapters: trained with the student, not part of it."""

@@ -115,11 +115,17 @@ class RandAugment(Augmentation):
         normals = noise.normal("randaugment magnitude", self.num_ops).to(device)
         strengths = (self.magnitude + self.magnitude_std * normals).clamp(0, _TOP_MAGNITUDE) / _TOP_MAGNITUDE
         levels = torch.where(signs < 0.5, strengths, -strengths)
-        choices = torch.where(chances < self.probability, choices, -1)
-        images = images.clone()
-        for turn in range(self.num_ops):
-            for number, operation in enumerate(OPERATIONS.values()):
-                rows = torch.nonzero(choices[:, turn] == number).flatten()
-                if len(rows):
-                    images[rows] = operation(images[rows], levels[rows, turn], fill)
+        choices = torch.where(chances < self.probability, choices, len(OPERATIONS))
+        # the images of each operation stand together; how many they are is asked once, since a GPU is waited for then
+        by_operation = choices.argsort(dim=0, stable=True)
+        numbers = [torch.bincount(chosen, minlength=len(OPERATIONS) + 1).tolist() for chosen in choices.cpu().unbind(1)]
+        for turn, counts in enumerate(numbers):
+            order = by_operation[:, turn]
+            grouped, own_levels = torch.split(images[order], counts), torch.split(levels[order, turn], counts)
+            changed = [
+                operation(some, level, fill)
+                for operation, some, level in zip(OPERATIONS.values(), grouped[:-1], own_levels[:-1], strict=True)
+                if len(some)
+            ]
+            images = torch.cat([*changed, grouped[-1]])[order.argsort()]
         return images

@@ -46,6 +46,9 @@ class Learner(nn.Module):
     uses_memory: ClassVar[bool] = True
     #: Whether the method is at a loss without exemplars.
     needs_memory: ClassVar[bool] = False
+    #: Whether `forward` is the same operations on tensors in every step of a phase, so that a GPU can be given all of
+    #: them at once (`cil.recorded`): it reads no file, keeps nothing in Python, and `update` is not another one.
+    recordable: bool = False
 
     def __init__(self, network: Network, distillation: WeightedSum | None) -> None:
         super().__init__()
@@ -177,7 +180,14 @@ class Learner(nn.Module):
         scaler: torch.amp.GradScaler,
         clip_norm: float | None,
     ) -> None:
-        """One optimiser step on the sum of the losses; DOT is given those of the distillation terms apart."""
+        """One optimiser step on the sum of the losses: `differentiate`, then `advance`."""
+        self.differentiate(losses, optimizer, scaler)
+        self.advance(optimizer, scaler, clip_norm)
+
+    def differentiate(
+        self, losses: dict[str, Tensor], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+    ) -> None:
+        """The gradient of the sum of the losses; DOT is given those of the distillation terms apart."""
         optimizer.zero_grad(set_to_none=True)
         if isinstance(optimizer, DOT):
             terms = self.distillation.weights if self.distillation is not None else {}
@@ -185,14 +195,18 @@ class Learner(nn.Module):
             task = [loss for name, loss in losses.items() if name not in terms]
             with record_function("backward"):
                 optimizer.backward(scaler.scale(total(task)), scaler.scale(total(kd)) if kd else None)
-            with record_function("optimiser"):
-                scaler.step(optimizer, max_norm=clip_norm)
-                scaler.update()
             return
         with record_function("backward"):
             loss: Tensor = scaler.scale(total(losses.values()))
             loss.backward()  # type: ignore[no-untyped-call]
+
+    def advance(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, clip_norm: float | None) -> None:
+        """One optimiser step along the gradient that is there."""
         with record_function("optimiser"):
+            if isinstance(optimizer, DOT):
+                scaler.step(optimizer, max_norm=clip_norm)
+                scaler.update()
+                return
             if clip_norm is not None:
                 scaler.unscale_(optimizer)
                 parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -59,6 +59,7 @@ class DKT(Learner):
     """
 
     keeps_teacher = True
+    recordable = True
 
     def __init__(
         self,
@@ -158,7 +159,8 @@ class DKT(Learner):
     def remember(self, ids: Int[Tensor, " samples"], labels: Int[Tensor, " samples"]) -> None:
         """Also how many samples of every class the main phase shows."""
         super().remember(ids, labels)
-        self._counts = torch.bincount(labels, minlength=self.network.num_classes)
+        counts = torch.bincount(labels, minlength=self.network.num_classes)
+        self._counts = counts.to(next(self.network.parameters()).device)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The weighted base loss, distillation terms and `separation` by name; fine-tuning has the base loss alone."""

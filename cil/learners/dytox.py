@@ -51,6 +51,7 @@ class DyTox(Learner):
     """
 
     keeps_teacher = True
+    recordable = True
 
     def __init__(
         self,

@@ -24,6 +24,7 @@ class Finetune(Learner):
     """
 
     uses_memory = False
+    recordable = True
 
     def __init__(
         self, network: Network, distillation: WeightedSum | None = None, *, logits: Literal["new", "all"] = "new"

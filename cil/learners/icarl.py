@@ -47,6 +47,7 @@ class ICaRL(Learner):
 
     keeps_teacher = True
     needs_memory = True
+    recordable = True
 
     def __init__(
         self,

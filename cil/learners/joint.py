@@ -24,6 +24,7 @@ class Joint(Learner):
     """
 
     uses_memory = False
+    recordable = True
 
     def __init__(
         self,

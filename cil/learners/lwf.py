@@ -36,6 +36,7 @@ class LwF(Learner):
 
     keeps_teacher = True
     uses_memory = False
+    recordable = True
 
     def __init__(
         self,

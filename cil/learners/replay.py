@@ -22,6 +22,7 @@ class Replay(Learner):
 
     keeps_teacher = True
     needs_memory = True
+    recordable = True
 
     def __init__(self, network: Network, distillation: WeightedSum | None = None) -> None:
         super().__init__(network, distillation)

@@ -60,6 +60,7 @@ class WA(Learner):
 
     keeps_teacher = True
     needs_memory = True
+    recordable = True
 
     def __init__(self, network: Network, distillation: WeightedSum | None, *, clip_positive: bool = False) -> None:
         super().__init__(network, distillation)
@@ -80,15 +81,9 @@ class WA(Learner):
         old_share = sum(self.network.task_sizes[:-1]) / self.network.num_classes
         return {"ce": (1 - old_share) * ce} | self.transferred(student, batch, old_share)
 
-    def update(
-        self,
-        losses: dict[str, Tensor],
-        optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler,
-        clip_norm: float | None,
-    ) -> None:
+    def advance(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, clip_norm: float | None) -> None:
         """One optimiser step, and clipping if it is asked for."""
-        super().update(losses, optimizer, scaler, clip_norm)
+        super().advance(optimizer, scaler, clip_norm)
         if self.clip_positive:
             with torch.no_grad():
                 self.network.head.weight.clamp_(min=0)

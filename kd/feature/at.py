@@ -74,6 +74,7 @@ class AT(Distiller):
     """
 
     needs = {"taps"}
+    recordable = True
 
     def __init__(self, *, stages: list[str] | None = None, p: float = 2.0, variant: Variant = "code") -> None:
         super().__init__()

@@ -45,6 +45,7 @@ class CATKD(Distiller):
     """
 
     needs = {"class_maps", "logits"}
+    recordable = True
 
     def __init__(
         self,

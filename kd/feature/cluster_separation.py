@@ -31,6 +31,7 @@ class ClusterSeparation(Distiller):
     """
 
     needs = {"embedding", "labels", "logits"}
+    recordable = True
 
     def __init__(
         self, *, same: float = 4.0, across: float = -4.0, otherwise: float = -1.0, scale: float = 0.003

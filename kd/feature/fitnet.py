@@ -37,6 +37,7 @@ class FitNet(Distiller):
     """
 
     needs = {"taps"}
+    recordable = True
 
     def __init__(
         self,

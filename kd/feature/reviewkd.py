@@ -60,6 +60,7 @@ class ReviewKD(Distiller):
     """
 
     needs = {"taps", "embedding"}
+    recordable = True
 
     def __init__(self, *, max_mid_channels: int = 512, student_side: Side = "post", teacher_side: Side = "pre") -> None:
         super().__init__()

@@ -37,6 +37,7 @@ class SP(Distiller):
     """
 
     needs = {"taps"}
+    recordable = True
 
     def __init__(self, *, stage: str | None = None) -> None:
         super().__init__()

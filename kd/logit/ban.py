@@ -35,6 +35,7 @@ class BAN(Distiller):
     """
 
     needs = {"logits"}
+    recordable = True
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Float[Tensor, ""]:
         """The soft-target cross-entropy."""
@@ -56,6 +57,7 @@ class CWTM(Distiller):
     """
 
     needs = {"logits", "labels"}
+    recordable = True
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Float[Tensor, ""]:
         """The weighted cross-entropy with the labels."""

@@ -34,6 +34,8 @@ class DIST(Distiller):
         ValueError: If a parameter is out of range; on use, if student and teacher do not score the same classes.
     """
 
+    recordable = True
+
     def __init__(self, *, beta: float = 2.0, gamma: float = 2.0, temperature: float = 4.0) -> None:
         super().__init__()
         for name, value in (("beta", beta), ("gamma", gamma)):

@@ -33,6 +33,7 @@ class DKD(Distiller):
     """
 
     needs = {"logits", "labels"}
+    recordable = True
 
     def __init__(self, *, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0) -> None:
         super().__init__()

@@ -31,6 +31,7 @@ class KD(Distiller):
     """
 
     needs = {"logits"}
+    recordable = True
 
     def __init__(self, *, temperature: float = 4.0, reduction: Reduction = "batchmean") -> None:
         super().__init__()

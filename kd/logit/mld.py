@@ -44,6 +44,8 @@ class MLD(Distiller):
             not score the same classes.
     """
 
+    recordable = True
+
     def __init__(
         self,
         *,

@@ -92,13 +92,13 @@ def test_a_teacher_is_never_set_to_learn(make_engine: MakeEngine) -> None:
 def test_every_step_runs_at_the_rate_of_the_schedule(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine("optim.schedule.warmup_epochs=1", learner="finetune")
     used: list[float] = []
-    original = type(engine.learner).update
+    original = type(engine.learner).advance
 
-    def update(self: Any, losses: Any, optimizer: torch.optim.Optimizer, *rest: Any) -> None:
+    def advance(self: Any, optimizer: torch.optim.Optimizer, *rest: Any) -> None:
         used.extend({group["lr"] for group in optimizer.param_groups})
-        original(self, losses, optimizer, *rest)
+        original(self, optimizer, *rest)
 
-    monkeypatch.setattr(type(engine.learner), "update", update)
+    monkeypatch.setattr(type(engine.learner), "advance", advance)
     engine.run()
     recipe, expected = engine.config.optim, []
     for event in facts_of(engine.folder):
