@@ -17,6 +17,8 @@ T = TypeVar("T")
 _WAIT, _WARMUP, _STEPS = 2, 1, 5
 #: Parts of a step, as `record_function` names them; a teacher is asked within the forward pass.
 PARTS = ("data", "forward", "teacher", "backward", "optimiser")
+#: What stands for forward and backward of a recorded step (`cil.recorded`).
+RECORDED = "recorded"
 _NUM_OPERATIONS = 15
 
 
@@ -110,21 +112,22 @@ def time_table(events: EventList, num_steps: int) -> str:
     def milliseconds(of: str) -> float:
         return by_name[of].cpu_time_total / 1000 / num_steps if of in by_name else 0.0
 
-    whole = sum(milliseconds(part) for part in PARTS if part != "teacher")
-    rows = [[part, f"{milliseconds(part):.1f}", f"{milliseconds(part) / whole:.0%}"] for part in PARTS]
+    parts = [*PARTS, RECORDED] if RECORDED in by_name else PARTS
+    whole = sum(milliseconds(part) for part in parts if part != "teacher")
+    rows = [[part, f"{milliseconds(part):.1f}", f"{milliseconds(part) / whole:.0%}"] for part in parts]
     operations = {
         event.key: event.self_device_time_total if cuda else event.self_cpu_time_total
         for event in events
-        if event.key not in PARTS and not event.is_user_annotation and not event.key.startswith("ProfilerStep")
+        if event.key not in parts and not event.is_user_annotation and not event.key.startswith("ProfilerStep")
     }
     most = [
         [name[:50], f"{time / 1000 / num_steps:.1f}", f"{time / 1000 / num_steps / whole:.0%}"]
         for name, time in sorted(operations.items(), key=lambda item: -item[1])[:_NUM_OPERATIONS]
     ]
-    parts = as_text(["part of a step", "ms", "share"], rows, left=["part of a step"])
+    table = as_text(["part of a step", "ms", "share"], rows, left=["part of a step"])
     own = f"operation, by its own time on the {'accelerator' if cuda else 'processor'}"
     operations_table = as_text([own, "ms", "share"], most, left=[own])
     note = " Parts are timed where they are launched." if cuda else ""
     return (
-        f"Mean of {num_steps} steps; the teacher is asked within the forward pass.{note}\n\n{parts}\n{operations_table}"
+        f"Mean of {num_steps} steps; the teacher is asked within the forward pass.{note}\n\n{table}\n{operations_table}"
     )

@@ -11,9 +11,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from cil.learners.base import Learner
 from cil.precision import Precision
+from cil.profiling import RECORDED
 from cil.room import is_out_of_memory
 from cil.seeding import SampleNoise, derive, sample_noise
 from kd import DOT, Batch
@@ -135,7 +137,8 @@ class Recorder:
             if recording is None:
                 return None
             self._recordings[shape] = recording
-        return recording(batch, noise)
+        with record_function(RECORDED):
+            return recording(batch, noise)
 
     def _weights(self) -> Hashable:
         """What is a number in Python, and so the same in every repetition of a recording."""

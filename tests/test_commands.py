@@ -33,6 +33,7 @@ NOT_RUN = {
     "make demo": "sets up an environment; what it runs is experiment=demo",
     "make test": "runs these tests",
     "make bench": "minutes; tests/test_bench.py runs rows of it",
+    "python -m benchmarks.bench": "minutes, and a GPU; tests/test_bench.py runs rows of it",
     "pip install": "needs a package index",
     "pytest ": "runs other tests of this folder",
     "tensorboard ": "a server that does not end",

@@ -236,7 +236,7 @@ def test_activations_at_the_batch_size_follow_from_a_small_batch() -> None:
     learner = Run.build(config).learner
     learner.network.grow(2)
     config.fast.apply(learner)
-    images = torch.randn(phase.batch_size, 1, 8, 8)
+    images = torch.randn(phase.batch_size, 1, 8, 8, device=next(learner.parameters()).device)
     constants = [*learner.parameters(), *learner.buffers()]
     kept = saved_bytes(lambda: learner.network(images).logits.logsumexp(1).mean(), constants)
     assert phase.batch_size == 96

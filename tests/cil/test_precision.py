@@ -1,8 +1,10 @@
+import os
+
 import pytest
 import torch
 from torch import nn
 
-from cil.precision import Precision, has_bf16, resolve_device
+from cil.precision import Precision, has_bf16, repeat_exactly, resolve_device
 
 CPU = torch.device("cpu")
 
@@ -63,6 +65,23 @@ def test_auto_is_the_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> 
     assert resolve_device("auto").type == "cuda"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert resolve_device("auto") == CPU
+
+
+def test_cuda_is_told_to_add_in_a_fixed_order_and_a_processor_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    repeat_exactly(torch.device("cpu"))
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert not torch.backends.cudnn.deterministic
+    try:
+        repeat_exactly(torch.device("cuda"))
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        assert torch.backends.cudnn.deterministic
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 @pytest.mark.parametrize("name", ["tpu", "cuda:99", "", "cpu:x"])

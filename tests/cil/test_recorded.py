@@ -107,6 +107,13 @@ def test_what_cannot_be_recorded_is_said_and_done_step_by_step(
     )
 
 
+def test_a_profile_has_a_line_for_what_was_recorded(tmp_path: Path, imitation: Imitation) -> None:
+    run = run_recorded(tmp_path, imitation, "profile=true", "optim.batch_size=16")
+    table = (run / "profile" / "stage_001-training.txt").read_text()
+    milliseconds = {words[0]: float(words[1]) for words in map(str.split, table.splitlines()) if len(words) == 3}
+    assert milliseconds["recorded"] > milliseconds["data"] > 0
+
+
 def test_memory_that_runs_out_while_recording_is_told_as_such(tmp_path: Path, imitation: Imitation) -> None:
     def full(compute: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
