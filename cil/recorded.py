@@ -78,7 +78,8 @@ def _tensors(batch: Batch) -> list[Tensor]:
 def capture(compute: Callable[[], Losses]) -> tuple[Callable[[], object], Losses]:
     """Record what `compute` starts, without doing it; returns what does it, and what it gives."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # other threads may go on calling CUDA: those that bring images into pinned memory do
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         losses = compute()
     return graph.replay, losses
 
