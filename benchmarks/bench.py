@@ -26,7 +26,7 @@ from kd.feature.crd import CRD
 from kd.feature.crd_sampling import ClassBlocks
 
 LATEST = Path(__file__).with_name("latest.json")
-#: What a GPU has to do with.
+#: Beginnings of the names of rows that a GPU is measured by.
 _ON_A_GPU = (
     "dkt_step",
     "dytox_step",
@@ -131,7 +131,12 @@ def dytox_decoder_20() -> Measured:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure the rows, print the table, write it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench", description=__doc__)
-    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(rows)}; all without any")
+    parser.add_argument(
+        "rows",
+        nargs="*",
+        metavar="ROW",
+        help=f"of {', '.join(rows)}; without any: all that the device can be measured by",
+    )
     parser.add_argument("--device", default="cpu", help="where networks and augmentations compute; default cpu")
     given = parser.parse_args(arguments)
     where = resolve_device(given.device)

@@ -66,14 +66,19 @@ def _at_task(name: str, task: int, *, fast: Fast, side: int = 32, **form: int) -
 def _step(
     learner: Learner, batch: Batch, precision: Precision, fast: Fast, recipe: Recipe = _RECIPE
 ) -> Callable[[], None]:
+    step = _steps(learner, precision, fast, recipe)
+    return lambda: step(batch)
+
+
+def _steps(learner: Learner, precision: Precision, fast: Fast, recipe: Recipe = _RECIPE) -> Callable[[Batch], None]:
     optimizer = make_optimizer(learner, recipe, fused=fast.fused_optimizer)
     scaler = precision.scaler()
-    noise = SampleNoise(0, batch.ids, torch.zeros_like(batch.ids))
     recorder = None
     if fast.cuda_graphs and Recorder.suits(learner, optimizer, precision.device):
-        recorder = Recorder(learner, optimizer, scaler, precision, print)
+        recorder = Recorder(learner, optimizer, scaler, precision)
 
-    def step() -> None:
+    def step(batch: Batch) -> None:
+        noise = SampleNoise(0, batch.ids, torch.zeros_like(batch.ids))
         with sample_noise(noise):
             if recorder is not None and recorder(batch, noise) is not None:
                 learner.advance(optimizer, scaler, None)
@@ -215,13 +220,15 @@ def _finetuning(
         if isinstance(item, nn.Module):
             item.eval()
 
+    step = _steps(learner, precision, fast)
+
     def run() -> None:
         shown = batches
         if views:
             with torch.no_grad(), precision.autocast():
                 shown = [Batch(learner.network.encode(batch.images), batch.labels, batch.ids) for batch in batches]
-        for step in [_step(learner, batch, precision, fast) for batch in shown] * epochs:
-            step()
+        for batch in shown * epochs:
+            step(batch)
 
     return run
 

@@ -183,6 +183,8 @@ class Run:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         device = resolve_device(config.device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # recorded steps belong to the current one
         repeat_exactly(device)
         precision = Precision.resolve(config.precision, device)
         eval_precision = precision

@@ -28,7 +28,7 @@ from cil.learners.base import Reading
 from cil.optim import Carried, learning_rates, make_optimizer, set_learning_rate, state_by_name, take_state
 from cil.profiling import NoProfile, Profile, profiled
 from cil.progress import Progress
-from cil.recorded import Recorder
+from cil.recorded import NotRecordable, Recorder
 from cil.results import History, protocol
 from cil.room import is_out_of_memory, largest_that_fits
 from cil.seeding import SampleNoise, derive, sample_noise, seeded
@@ -321,6 +321,8 @@ class Engine:
             self.carried[phase.name] = state_by_name(self.optimizer, self.learner)
         if written := self.profile.end():
             self.progress.say(written)
+        if self.recorder is not None:
+            self.learner.zero_grad(set_to_none=True)  # what the next phase does not train would keep its memory
         self.optimizer, self.model, self.encoded, self.recorder = None, self.learner, None, None
         if any(later.source == "memory" for later in phases[number + 1 : number + 2]):
             counts = next(iter(self.evaluate(stage, "before_finetuning").values()))
@@ -330,7 +332,7 @@ class Engine:
         """What records the steps of the phase in work, whose optimiser is made; None if they cannot be."""
         assert self.optimizer is not None
         if self.config.fast.cuda_graphs and Recorder.suits(self.learner, self.optimizer, self.precision.device):
-            return Recorder(self.learner, self.optimizer, self.scaler, self.precision, self.progress.say)
+            return Recorder(self.learner, self.optimizer, self.scaler, self.precision)
         return None
 
     def train_epoch(self, stage: Stage, number: int, phase: Phase, epoch: int, ids: Tensor, rates: list[float]) -> None:
@@ -349,7 +351,7 @@ class Engine:
         with self.signals.deferred():
             for step, (some, _), own, batch in steps:
                 set_learning_rate(self.optimizer, rates[epoch * len(plan) + step if by_step else epoch])
-                noise = SampleNoise(key, *(part.to(self.precision.device) for part in own))
+                noise = SampleNoise(key, *(part.to(self.precision.device, non_blocking=True) for part in own))
                 if world_size() > 1:
                     batch = self.with_labels_of_all(batch, some)
                 losses = self.step(phase, batch, noise, (key, epoch, step), len(some))
@@ -433,12 +435,22 @@ class Engine:
         """
         try:
             return self._step(phase, batch, noise, place, num_all)
+        except NotRecordable as error:
+            raise RunFailed(
+                f"{self.place(phase)}: the step cannot be recorded as a CUDA graph ({error}); kept is {self.kept}. The "
+                "same command with fast.cuda_graphs=false goes on from there"
+            ) from error
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        more = ""
+        if self.recorder is not None:
+            self.recorder, more = None, ". A recorded step needs more than fast.cuda_graphs=false"
         # behind the error, whose traceback holds what the step had computed
-        raise RunFailed(f"{self.place(phase)}: out of memory ({reason}). {self.advice(phase, batch, noise, place)}")
+        raise RunFailed(
+            f"{self.place(phase)}: out of memory ({reason}). {self.advice(phase, batch, noise, place)}{more}"
+        )
 
     def advice(self, phase: Phase, batch: Batch, noise: SampleNoise, place: tuple[int, int, int]) -> str:
         """What would fit where a step did not; the learner is of no use after that."""
@@ -493,7 +505,8 @@ class Engine:
         """This process's share of one batch after another: ids and views of `shares`."""
         device = self.precision.device
         for (ids, views), pixels in zip(shares, self.samples.images.stream(shares, view_key), strict=True):
-            yield self.batch(SampleNoise(view_key, ids.to(device), views.to(device)), ids, pixels)
+            on_device = (part.to(device, non_blocking=True) for part in (ids, views))
+            yield self.batch(SampleNoise(view_key, *on_device), ids, pixels)
 
     def encode(self, stage: Stage, number: int, phase: Phase, ids: Tensor) -> Encoded | None:
         """What the frozen part of a network makes of the samples of a phase that shows the same views again."""
@@ -517,7 +530,8 @@ class Engine:
         if self.samples.strong is not None and taught_by(self.learner.distillation, "strong"):
             other = replace(noise, key=derive(noise.key, "strong"))
             views["strong"] = self.samples.strong.train(raw, other).to(self.precision.dtype)
-        return Batch(images, self.samples.labels[ids].to(self.precision.device), noise.ids, views=views)
+        labels = self.samples.labels[ids].to(self.precision.device, non_blocking=True)
+        return Batch(images, labels, noise.ids, views=views)
 
     def with_labels_of_all(self, batch: Batch, ids: Tensor) -> Batch:
         """A batch whose images are a share, and whose labels are those of the whole batch, as the losses need them."""

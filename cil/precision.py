@@ -44,9 +44,9 @@ def resolve_device(name: str) -> torch.device:
 
 
 def repeat_exactly(device: torch.device) -> None:
-    """Let a device give the same numbers for the same work: a resumed run is the run. A processor does so anyway.
+    """Let a device give the same numbers for the same work, so that a resumed run is the run; a processor does anyway.
 
-    Some operations of CUDA add in any order unless they are told not to; those that can do no other warn.
+    Some operations of CUDA add in any order unless they are told not to. Those that know no other way warn.
     """
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is computed

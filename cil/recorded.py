@@ -6,8 +6,10 @@ same kernels on the same memory, and so the same numbers. What differs from step
 reads it: images, labels, ids, and the keys of the noise.
 """
 
+import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +20,7 @@ from cil.precision import Precision
 from cil.profiling import RECORDED
 from cil.room import is_out_of_memory
 from cil.seeding import SampleNoise, derive, sample_noise
-from kd import DOT, Batch
+from kd import DOT, Batch, Distiller
 from kd.distributed import world_size
 
 Losses = dict[str, Tensor]
@@ -28,7 +30,10 @@ _MOST_WORDS = 1024  # purposes that a network may draw noise for
 
 @dataclass(frozen=True)
 class _Noise(SampleNoise):
-    """Noise whose key is read from memory, so that a graph that was recorded once draws other numbers every epoch."""
+    """Noise whose key is read from memory, so that a graph that was recorded once draws other numbers every epoch.
+
+    `key` itself stays that of the recording: what is recorded must not read it.
+    """
 
     words: Tensor = field(default_factory=lambda: torch.zeros(_MOST_WORDS, dtype=torch.int64))
     purposes: list[str] = field(default_factory=list)
@@ -36,6 +41,8 @@ class _Noise(SampleNoise):
     def word(self, purpose: str) -> Tensor:
         """The same number as that of other noise, where the graph finds it."""
         if purpose not in self.purposes:
+            if len(self.purposes) == _MOST_WORDS:
+                raise NotRecordable(f"noise is drawn for more than {_MOST_WORDS} purposes")
             self.purposes.append(purpose)
         return self.words[self.purposes.index(purpose)]
 
@@ -75,24 +82,46 @@ def _tensors(batch: Batch) -> list[Tensor]:
     return [batch.images, batch.labels, batch.ids, *batch.views.values()]
 
 
-def capture(compute: Callable[[], Losses]) -> tuple[Callable[[], object], Losses]:
-    """Record what `compute` starts, without doing it; returns what does it, and what it gives."""
+class NotRecordable(RuntimeError):
+    """A step that does something a graph cannot hold, in one line."""
+
+
+def capture(compute: Callable[[], Losses], pool: Any) -> tuple[Callable[[], object], Losses]:
+    """Record what `compute` starts, without doing it; returns what does it, and what it gives.
+
+    Raises:
+        NotRecordable: If it waits for the GPU, or for memory beside it. CUDA is in no state to go on with then.
+    """
     graph = torch.cuda.CUDAGraph()
-    # other threads may go on calling CUDA: those that bring images into pinned memory do
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        losses = compute()
+    reason: Exception | None = None
+    losses: Losses = {}
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "The CUDA Graph is empty")
+            # other threads may go on calling CUDA: those that bring images into pinned memory do
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                try:
+                    losses = compute()
+                except RuntimeError as error:  # the end of the recording fails too, and says less
+                    reason = error
+        if reason is not None:
+            raise reason
+    except (RuntimeError, UserWarning) as error:
+        cause = reason or error
+        if is_out_of_memory(cause):
+            raise cause from None
+        raise NotRecordable(str(cause).splitlines()[0]) from cause
     return graph.replay, losses
 
 
 class Recorder:
-    """Losses and gradients of the steps of a phase: the first of every shape step by step, the others recorded.
+    """Losses and gradients of the steps of a phase: the first of every shape as it stands, the others recorded.
 
     Args:
         learner: In training; what it learns is settled.
         optimizer: Of the phase.
         scaler: Of the phase.
         precision: What it computes in.
-        say: Tells a person a line.
     """
 
     def __init__(
@@ -101,13 +130,13 @@ class Recorder:
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
         precision: Precision,
-        say: Callable[[str], None],
     ) -> None:
-        self.learner, self.optimizer, self.scaler, self.precision, self.say = learner, optimizer, scaler, precision, say
+        self.learner, self.optimizer, self.scaler, self.precision = learner, optimizer, scaler, precision
         #: By shape of the batch; None where one has been seen.
         self._recordings: dict[Hashable, _Recording | None] = {}
         self._weights_then: Hashable = None
-        self._failed = False
+        # one for all of them, since no two are replayed at a time
+        self._pool = torch.cuda.graph_pool_handle() if precision.device.type == "cuda" else None
 
     @staticmethod
     def suits(learner: Learner, optimizer: torch.optim.Optimizer, device: torch.device) -> bool:
@@ -117,14 +146,13 @@ class Recorder:
             device.type == "cuda"
             and world_size() == 1
             and learner.recordable
-            and all(getattr(term, "recordable", False) for term in terms)
+            and type(learner).update is Learner.update
+            and all(term.recordable for term in terms if isinstance(term, Distiller))
             and not isinstance(optimizer, DOT)
         )
 
     def __call__(self, batch: Batch, noise: SampleNoise) -> Losses | None:
         """The losses of a batch, with the gradients where the optimiser reads them; None if it is not recorded."""
-        if self._failed:
-            return None
         if (weights := self._weights()) != self._weights_then:
             self._recordings.clear()
             self._weights_then = weights
@@ -134,19 +162,18 @@ class Recorder:
             return None
         recording = self._recordings[shape]
         if recording is None:
-            recording = self._record(batch, noise)
-            if recording is None:
-                return None
-            self._recordings[shape] = recording
+            recording = self._recordings[shape] = self._record(batch, noise)
         with record_function(RECORDED):
             return recording(batch, noise)
 
     def _weights(self) -> Hashable:
-        """What is a number in Python, and so the same in every repetition of a recording."""
+        """Numbers of the epoch that a recording would keep."""
         terms = self.learner.distillation
-        return () if terms is None else (terms.task_weight, *(terms.weight(name) for name in terms.weights))
+        if terms is None:
+            return ()
+        return terms.ended, terms.task_weight, *(terms.weight(name) for name in terms.weights)
 
-    def _record(self, batch: Batch, noise: SampleNoise) -> _Recording | None:
+    def _record(self, batch: Batch, noise: SampleNoise) -> _Recording:
         device = self.precision.device
         own = replace(
             batch,
@@ -165,14 +192,6 @@ class Recorder:
                 self.learner.differentiate(losses, self.optimizer, self.scaler)
             return {name: loss.detach() for name, loss in losses.items()}
 
-        try:
-            replay, losses = capture(compute)
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
-            self._failed = True
-            reason = str(error).splitlines()[0]
-            self.say(f"a step cannot be recorded as a CUDA graph ({reason}); fast.cuda_graphs=false does not try")
-            return None
+        replay, losses = capture(compute, self._pool)
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         return _Recording(replay, own, own_noise, losses, [(one, one.grad) for one in parameters])

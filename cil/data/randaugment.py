@@ -108,7 +108,7 @@ class RandAugment(Augmentation):
         """Change each image by its own operations."""
         assert self.fill is not None, "prepared() comes first: it sets the fill colour"
         device = images.device
-        fill = torch.tensor(self.fill, dtype=torch.uint8, device=device)
+        fill = torch.tensor(self.fill, dtype=torch.uint8).to(device, non_blocking=True)
         choices = noise.integers("randaugment operation", len(OPERATIONS), self.num_ops).to(device)
         chances = noise.uniform("randaugment applied", self.num_ops).to(device)
         signs = noise.uniform("randaugment direction", self.num_ops).to(device)

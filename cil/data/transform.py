@@ -54,7 +54,8 @@ class Transform:
         self, unit: Float32[Tensor, "batch channels height width"]
     ) -> Float32[Tensor, "batch channels height width"]:
         # in place: `unit` is a copy of the images, and new memory for every batch costs more than the arithmetic
-        return unit.sub_(self.mean.to(unit.device)).div_(self.std.to(unit.device))
+        self.mean, self.std = self.mean.to(unit.device), self.std.to(unit.device)
+        return unit.sub_(self.mean).div_(self.std)
 
 
 def _to_unit(

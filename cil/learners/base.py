@@ -47,7 +47,7 @@ class Learner(nn.Module):
     #: Whether the method is at a loss without exemplars.
     needs_memory: ClassVar[bool] = False
     #: Whether `forward` is the same operations on tensors in every step of a phase, so that a GPU can be given all of
-    #: them at once (`cil.recorded`): it reads no file, keeps nothing in Python, and `update` is not another one.
+    #: them at once (`cil.recorded`): it reads no file and keeps nothing in Python; `update` is not overridden.
     recordable: bool = False
 
     def __init__(self, network: Network, distillation: WeightedSum | None) -> None:
