@@ -1,6 +1,6 @@
 """A training step as a CUDA graph.
 
-A step of DKT starts some two thousand small operations. A GPU is done with each sooner than Python can start the next,
+A step of DKT starts about 1 700 small operations. A GPU is done with each sooner than Python can start the next,
 so it waits most of the time. A CUDA graph records what is started once, and starts all of it again by one call: the
 same kernels on the same memory, and so the same numbers. What differs from step to step is copied to where the graph
 reads it: images, labels, ids, and the keys of the noise.
@@ -135,8 +135,8 @@ class Recorder:
         #: By shape of the batch; None where one has been seen.
         self._recordings: dict[Hashable, _Recording | None] = {}
         self._weights_then: Hashable = None
-        # one for all of them, since no two are replayed at a time
-        self._pool = torch.cuda.graph_pool_handle() if precision.device.type == "cuda" else None
+        #: Of the memory of all recordings, since no two are replayed at a time; it ends with them.
+        self._pool: Any = None
 
     @staticmethod
     def suits(learner: Learner, optimizer: torch.optim.Optimizer, device: torch.device) -> bool:
@@ -156,6 +156,7 @@ class Recorder:
         if (weights := self._weights()) != self._weights_then:
             self._recordings.clear()
             self._weights_then = weights
+            self._pool = torch.cuda.graph_pool_handle() if self.precision.device.type == "cuda" else None
         shape = tuple((tensor.shape, tensor.dtype) for tensor in _tensors(batch))
         if shape not in self._recordings:
             self._recordings[shape] = None  # what a library does at its first call cannot be recorded
