@@ -90,8 +90,11 @@ def _steps(learner: Learner, precision: Precision, fast: Fast, recipe: Recipe = 
     return step
 
 
-def _task_step(name: str, task: int, *, plain: bool, precision: Precision | None = None) -> Callable[[], None]:
+def _task_step(
+    name: str, task: int, *, plain: bool, precision: Precision | None = None, **switches: bool
+) -> Callable[[], None]:
     fast, usual = way(plain=plain)
+    fast = fast.model_copy(update=switches)
     learner, _ = _at_task(name, task, fast=fast)
     return _step(learner, _batch(_BATCH, _CLASSES * task), precision or usual, fast)
 
@@ -140,6 +143,13 @@ def imagenet_step() -> Measured:
 def dkt_step_fp32() -> Measured:
     """A step of DKT in fp32 on the fast paths, beside the plain ones."""
     ours = _task_step("dkt", 2, plain=False, precision=Precision("fp32", device()))
+    return rate(_BATCH, ours, _task_step("dkt", 2, plain=True), repetitions=3)
+
+
+@row
+def dkt_step_fp32_kept() -> Measured:
+    """The same with `fast.recompute=false`, which keeps what BatchNorm and GELU made."""
+    ours = _task_step("dkt", 2, plain=False, precision=Precision("fp32", device()), recompute=False)
     return rate(_BATCH, ours, _task_step("dkt", 2, plain=True), repetitions=3)
 
 

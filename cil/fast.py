@@ -19,7 +19,7 @@ class Fast(BaseModel):
     Attributes:
         channels_last: Feature maps in channels-last memory, in which convolutions are faster.
         recompute: What BatchNorm and GELU make of a map is computed again for the gradient instead of kept: half of the
-            memory of DKT's blocks for a few percent of the time.
+            memory of DKT's blocks for up to a tenth of the time.
         fused_optimizer: One kernel for all parameters, where the optimiser has one.
         cuda_graphs: On a GPU, losses and gradients of a step are recorded once and then started by one call
             (`cil.recorded`): the same kernels, and a fraction of the time where they are small.
