@@ -431,7 +431,7 @@ class Engine:
             num_all: Samples of all processes.
 
         Raises:
-            RunFailed: If there is not enough memory, with what would fit.
+            RunFailed: If there is not enough memory, with what would fit, or the step cannot be recorded.
         """
         try:
             return self._step(phase, batch, noise, place, num_all)

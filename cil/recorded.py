@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from jaxtyping import Int64
 from torch import Tensor, nn
 from torch.profiler import record_function
 
@@ -35,7 +36,7 @@ class _Noise(SampleNoise):
     `key` itself stays that of the recording: what is recorded must not read it.
     """
 
-    words: Tensor = field(default_factory=lambda: torch.zeros(_MOST_WORDS, dtype=torch.int64))
+    words: Int64[Tensor, " purposes"]
     purposes: list[str] = field(default_factory=list)
 
     def word(self, purpose: str) -> Tensor:
